@@ -1,0 +1,346 @@
+"""The one equation: ``out = y + sum_n w_n * c_n(x, y)``. What an adapter contributes, and how several are applied together.
+
+Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapters chosen per row or token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterError, ConfigError, MixError, SiteError, listing, nearest
+from .registry import Registry
+
+if TYPE_CHECKING:
+    from .site import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What one forward knows beside its tensors. It travels with the forward; nothing is global.
+
+    Attributes:
+        tasks: the task of each row, or None.
+        mask: [B, T], 1 at real tokens, or None when all are real.
+        rows: B of the model's input, or None when only a part of the model was called.
+        step: the optimiser step, or None outside training.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    mask: Tensor | None = None
+    rows: int | None = None
+    step: int | None = None
+
+    def take(self, index: Tensor) -> Call:
+        """The same call narrowed to the rows in ``index`` [n]."""
+        return Call(
+            tasks=None if self.tasks is None else tuple(self.tasks[i] for i in index.tolist()),
+            mask=None if self.mask is None else self.mask[index],
+            rows=len(index),
+            step=self.step,
+        )
+
+
+NO_CALL = Call()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """The weights of some adapters at one site, at any grain.
+
+    Attributes:
+        names: the N adapters that are weighted; each has a patch at the site.
+        values: a tuple of N floats (the same for every input), or a tensor: [N], [B, N] or [B, T, N] when ``index`` is
+            None, else [B, k] or [B, T, k].
+        index: positions in ``names`` that ``values`` weigh, [B, k] or [B, T, k]; None means all N in order.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[float, ...] | Tensor
+    index: Tensor | None = None
+
+    @property
+    def fixed(self) -> tuple[float, ...] | None:
+        """The N weights as floats when they do not depend on the input."""
+        return self.values if isinstance(self.values, tuple) else None
+
+    def dense(self) -> Tensor:
+        """The weights as [..., N]."""
+        if isinstance(self.values, tuple):
+            return torch.tensor(self.values)
+        if self.index is None:
+            return self.values
+        full = self.values.new_zeros(*self.values.shape[:-1], len(self.names))
+        return full.scatter_add(-1, self.index.to(self.values.device), self.values)
+
+
+def per_row(x: Tensor, y: Tensor, rows: int, site: str) -> tuple[Tensor, Tensor, int]:
+    """Lines a site's input up with the rows of the batch: returns x, y and how many leading entries belong to one row.
+
+    A module may see a row several times (windows of an image, tokens flattened into the batch): row-major, so each row
+    owns ``x.shape[0] / rows`` neighbours. A leading dimension of 1 is shared by the rows and is repeated for them.
+
+    Raises:
+        MixError: the leading dimension is not a multiple of ``rows``.
+    """
+    lead = x.shape[0]
+    if lead == 1 and rows > 1:
+        return x.expand(rows, *x.shape[1:]), y.expand(rows, *y.shape[1:]), 1
+    if lead % rows:
+        raise MixError(
+            f"site {site!r} got a leading dimension of {lead}, which is not a multiple of the {rows} rows of the mix; "
+            "give one entry per row of the batch, or leave this site out of the adapters"
+        )
+    return x, y, lead // rows
+
+
+class Bank:
+    """Several patches of one form at one site, applied together. This one loops; a form may bring a faster one.
+
+    Args:
+        patches: bound patches by adapter name.
+    """
+
+    def __init__(self, patches: Mapping[str, Patch]) -> None:
+        self.patches = dict(patches)
+
+    def apply(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
+        """``out + sum_n w_n c_n(x, y)`` over this bank's patches.
+
+        Args:
+            x: the site's input, leading dimension B (or a multiple of it).
+            y: the base's own output there.
+            out: what other banks have added up so far (``y`` for the first).
+            weights: over at least the names of this bank; other names are not looked at.
+            call: what this forward knows.
+        """
+        if weights.fixed is not None:
+            for name, weight in zip(weights.names, weights.fixed, strict=True):
+                if name in self.patches and weight != 0.0:
+                    out = self.patches[name].add(x, y, out, weight, call)
+            return out
+        values = weights.dense().to(y.dtype if y.is_floating_point() else torch.float32)
+        grain = values.dim() - 1  # 0: the whole batch, 1: rows, 2: tokens
+        if grain == 1:
+            x, y, per = per_row(x, y, values.shape[0], next(iter(self.patches.values())).site.name)
+            values = values.repeat_interleave(per, 0) if per > 1 else values
+            out = out.expand_as(y)
+        for column, name in enumerate(weights.names):
+            if name in self.patches:
+                out = self._one(self.patches[name], x, y, out, values[..., column], call)
+        return out
+
+    @staticmethod
+    def _one(patch: Patch, x: Tensor, y: Tensor, out: Tensor, weight: Tensor, call: Call) -> Tensor:
+        if weight.dim() == 1 and not weight.requires_grad:
+            rows = weight.nonzero().squeeze(-1)
+            if len(rows) == 0:
+                return out
+            if len(rows) < len(weight):  # a row that does not use this adapter costs nothing
+                narrowed = call.take(rows) if call.rows == len(weight) else call
+                part = patch.contribute(x[rows], y[rows], narrowed)
+                return out.index_add(0, rows, (part * _trail(weight[rows], part)).to(out.dtype))
+        part = patch.contribute(x, y, call)
+        return out + (part * _trail(weight, part)).to(out.dtype)
+
+    def average(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
+        """As ``apply``, but the patches' parameters are averaged first and applied once (``combines = "parameters"``).
+
+        Raises:
+            MixError: the form has no meaningful average of its parameters.
+        """
+        form = next(iter(self.patches.values())).form
+        raise MixError(f"the form {form.name!r} cannot be mixed by its parameters; use a mix that combines outputs")
+
+    def forget(self) -> None:
+        """Drops whatever was cached for the current weights."""
+
+
+def _trail(weight: Tensor, like: Tensor) -> Tensor:
+    return weight.reshape(*weight.shape, *[1] * (like.dim() - weight.dim()))
+
+
+class Patch(nn.Module):
+    """One adapter at one site.
+
+    A patch that is attached is a *bound* copy: it shares the parameters and sees the module it acts on as ``base``, so an
+    adapter can be attached to several models and attaching never changes it. Dropout follows the base's train/eval mode.
+
+    Attributes:
+        form: the settings it was built from.
+        site: where it acts.
+        base: the module it is attached to, None while it is not.
+        keys: parameter name to its name in a file, without the site's path (``{"A": "lora_A.weight"}``).
+    """
+
+    bank: ClassVar[type[Bank]] = Bank
+    keys: Mapping[str, str] = {}
+    base: nn.Module | None = None
+    form: Any
+    site: Site
+
+    def __init__(self, form: Form, site: Site) -> None:
+        super().__init__()
+        self.form = form
+        self.site = site
+
+    def start(self, generator: torch.Generator) -> None:
+        """Sets fresh values. The patch contributes exactly zero afterwards unless its form says otherwise."""
+
+    def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
+        """What this adapter adds at its site: c(x, y), of the shape of ``y``."""
+        raise AdapterError(f"the form {self.form.name!r} does not say what it contributes at {self.site.name!r}")
+
+    def add(self, x: Tensor, y: Tensor, out: Tensor, weight: float = 1.0, call: Call = NO_CALL) -> Tensor:
+        """``out + weight * c(x, y)``; a form may fuse the two."""
+        part = self.contribute(x, y, call)
+        return out + (part if weight == 1.0 else weight * part).to(out.dtype)
+
+    def delta(self) -> Tensor | None:
+        """The dense change of the site's weight, in the weight's own layout, or None where the patch is not linear in x."""
+        return None
+
+    def deltas(self) -> dict[str, Tensor] | None:
+        """The change of each parameter of the site's module by its name; None where there is no such change."""
+        delta = self.delta()
+        return None if delta is None else {self.site.param or "weight": delta}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the values of a file (by parameter name), without copying them.
+
+        Raises:
+            AdapterError: a tensor is missing, not asked for, or has another shape.
+        """
+        missing = sorted(set(self._parameters) - set(tensors))
+        extra = sorted(set(tensors) - set(self._parameters))
+        if missing or extra:
+            raise AdapterError(
+                f"the adapter's tensors at {self.site.name!r} do not match the form {self.form.name!r}: "
+                + "; ".join(f"{what} {listing(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n)
+            )
+        for name, tensor in tensors.items():
+            want = self._parameters[name]
+            if want is None or tuple(want.shape) != tuple(tensor.shape):
+                shape = None if want is None else tuple(want.shape)
+                raise AdapterError(
+                    f"{name} at {self.site.name!r} has shape {tuple(tensor.shape)} in the file, "
+                    f"but {self.form} needs {shape} there; the file is for another model or another form"
+                )
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def bound(self, base: nn.Module, site: Site) -> Self:
+        """A view of this patch (the same parameter objects) that acts on ``base``, the module of ``site``."""
+        view = copy.copy(self)
+        view.__dict__["base"] = base  # past nn.Module.__setattr__: the base is not a child of its adapter
+        view.site = site
+        return view
+
+    def misfit(self, site: Site) -> str:
+        """Why this patch cannot act at a model's ``site``, or the empty string."""
+        mine = self.site
+        if mine.kind != site.kind:
+            return f"it was made for a site of kind {mine.kind!r}, and the model has {site.kind!r} there"
+        if mine.kind in ("linear", "embedding") and len(site.shape) == 2 == len(mine.shape):
+            same = (mine.d_in, mine.d_out) == (site.d_in, site.d_out)
+        else:
+            same = mine.shape == site.shape
+        return "" if same else f"it was made for a weight of shape {mine.shape}, and the model's is {site.shape}"
+
+    @property
+    def dropping(self) -> bool:
+        """Whether dropout is on: while the module this patch acts on is in training mode."""
+        return self.base.training if self.base is not None else False
+
+
+@dataclass(frozen=True)
+class Form:
+    """The settings of a kind of adapter. It builds a `Patch` for a site.
+
+    A form is a frozen dataclass, registered with ``@forms.register("name")``. Class attributes say where it can act:
+
+    Attributes:
+        name: what the field calls it (set by the decorator).
+        kinds: the kinds of site it can act at.
+        default_sites: the selector used when none is given.
+        acts: ``"output"`` adds to a module's output; ``"weight"`` prefers to change the weight that the module reads, which
+            saves a second product. Both give the same function.
+        peft_type: the ``peft_type`` written into files: PEFT's own where PEFT has the form.
+        paper: the reference shown by ``polytask forms``.
+    """
+
+    name: ClassVar[str] = ""
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    default_sites: ClassVar[str] = "linear"
+    acts: ClassVar[str] = "output"
+    peft_type: ClassVar[str] = ""
+    in_peft: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
+    paper: ClassVar[str] = ""
+
+    def patch(self, site: Site) -> Patch:
+        """An empty patch for ``site``; its values come from ``start`` or ``load``."""
+        raise NotImplementedError
+
+    def refuses(self, site: Site) -> str:
+        """Why this form cannot act at ``site``, or the empty string."""
+        if site.kind in self.kinds:
+            return ""
+        return f"the form {self.name!r} acts at sites of kind {listing(self.kinds)}, and {site.name!r} is {site.kind!r}"
+
+    def require(self, site: Site) -> None:
+        """Raises `SiteError` where the form cannot act at ``site``."""
+        reason = self.refuses(site)
+        if reason:
+            raise SiteError(reason)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values, for a card or a configuration."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, spec: Form | str | Mapping[str, Any]) -> Form:
+        """A form from a form, its name, or a mapping ``{"name": "lora", "rank": 8}``.
+
+        Raises:
+            ConfigError: an unknown form or setting, with the nearest valid name.
+        """
+        if isinstance(spec, Form):
+            return spec
+        chosen = {"name": spec} if isinstance(spec, str) else dict(spec)
+        kind = forms[str(chosen.pop("name", "lora"))]
+        allowed = {f.name: f for f in fields(kind)}
+        for key in chosen:
+            if key not in allowed:
+                raise ConfigError(
+                    f"the form {kind.name!r} has no setting {key!r}{nearest(key, allowed)}; it has: {listing(allowed)}"
+                )
+        lacking = [n for n, f in allowed.items() if n not in chosen and f.default is f.default_factory is MISSING]
+        if lacking:
+            raise ConfigError(f"the form {kind.name!r} needs {listing(lacking)}")
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+
+    # Files: how the settings are written to and read from ``adapter_config.json``. A form that PEFT has overrides these.
+
+    tensor_names: ClassVar[dict[str, str]] = {}  # a tensor's name in a file, after the site's path, to its parameter
+
+    def to_peft(self, patches: Mapping[str, Patch]) -> dict[str, Any]:
+        """The form's part of ``adapter_config.json`` for an adapter with these patches."""
+        return {"settings": self.settings()}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str = "") -> Form:
+        """The form at the site ``path`` that ``adapter_config.json`` describes; the general one for an empty path."""
+        return cls.of({"name": cls.name, **config.get("settings", {})})
+
+    @classmethod
+    def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:
+        """The site of a file's tensors where no card describes it. Raises `AdapterError` when the form cannot tell."""
+        raise AdapterError(f"the file does not say what kind of site {path!r} is, and the form {cls.name!r} cannot tell")
+
+
+forms: Registry[Form] = Registry("form", "polytask.forms")

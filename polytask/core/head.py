@@ -1,0 +1,456 @@
+"""Heads: how a task is put to a base and its answer read. Part of the adapter, because each task has its own.
+
+A head says how examples become token sequences, what the base computes for them (its *trunk*: one vector per sequence, or the
+likelihood of given tokens), what the loss is, and what is predicted. Heads with the same trunk share one forward.
+
+Shapes: S sequences of a batch (several per row where a row has choices), d the width of a vector, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import AdapterError, DataError, ModelError, listing
+from .model import Model
+from .task import Example, Task
+
+LONGEST = 512  # tokens of a text that are read when neither the caller nor the model says less
+
+
+@dataclass(slots=True)
+class Row:
+    """An example made ready for a base.
+
+    Attributes:
+        sequences: token ids, one list per sequence (choices, or candidate labels).
+        starts: where the scored tokens of each sequence start, for likelihoods.
+        target: what the head compares with.
+        pixels: an image's tensor instead of sequences.
+        segments: token types of each sequence, where the tokenizer gives them.
+    """
+
+    sequences: list[list[int]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    target: Any = None
+    pixels: Tensor | None = None
+    segments: list[list[int]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((len(s) for s in self.sequences), default=1)
+
+    @property
+    def count(self) -> int:
+        """How many sequences the row takes in a batch."""
+        return max(1, len(self.sequences))
+
+
+Out = Tensor | tuple[Tensor, Tensor]
+
+
+class Head(nn.Module):
+    """The contract of a head.
+
+    Attributes:
+        trunk: ``"features"`` (the base gives [S, d]) or ``"likelihood"`` (it gives the negative log-likelihood and the
+            number of the scored tokens of each sequence).
+    """
+
+    name: ClassVar[str] = ""
+    trunk: ClassVar[Literal["features", "likelihood"]] = "features"
+
+    def settings(self) -> dict[str, Any]:
+        """What ``Head.of`` needs to build an empty head of the same kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Head:
+        """An empty head from its settings."""
+        chosen = dict(settings)
+        kinds = {"linear": LinearHead, "words": WordsHead, "text": TextHead}
+        kind = kinds.get(str(chosen.pop("name", "")))
+        if kind is None:
+            raise AdapterError(f"the head {settings.get('name')!r} is not known; known are {listing(kinds)}")
+        return kind(**chosen)  # type: ignore[no-any-return]
+
+    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+        """Examples made ready.
+
+        Args:
+            model: the base; its tokenizer or image processor is used.
+            examples: of this head's task.
+            scoring: for predictions (all candidates of an example) instead of for training (the true one).
+            longest: tokens kept of a text.
+        """
+        raise NotImplementedError
+
+    def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Sum of losses and its divisor for each row, ([B], [B]): the batch's loss is their totals' ratio."""
+        raise NotImplementedError
+
+    def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
+        """One prediction per row."""
+        raise NotImplementedError
+
+
+class LinearHead(Head):
+    """A linear layer on pooled vectors, for encoders and image models.
+
+    Args:
+        task: ``classify``, ``multilabel``, ``regress`` or ``choose``.
+        width: d.
+        labels: label names; empty for regress and choose.
+        center: what is subtracted from a number to be learned (``regress``).
+        spread: what it is then divided by.
+    """
+
+    name = "linear"
+    trunk = "features"
+
+    def __init__(
+        self, task: str, width: int, labels: Sequence[str] = (), center: float = 0.0, spread: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.task, self.width, self.labels = task, width, tuple(labels)
+        self.center, self.spread = center, spread
+        self.index = {label: i for i, label in enumerate(self.labels)}
+        outputs = len(self.labels) if task in ("classify", "multilabel") else 1
+        self.linear = nn.Linear(width, outputs)
+
+    def start(self, generator: torch.Generator) -> Self:
+        """Small seeded values."""
+        with torch.no_grad():
+            self.linear.weight.normal_(std=0.02, generator=generator)
+            self.linear.bias.zero_()
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "task": self.task, "width": self.width, "labels": list(self.labels),
+            "center": self.center, "spread": self.spread,
+        }  # fmt: skip
+
+    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+        if examples and examples[0].image is not None:
+            pixels = images(model, examples)
+            return [Row(pixels=p, target=self._target(e)) for p, e in zip(pixels, examples, strict=True)]
+        texts: list[tuple[str, ...]] = []
+        counts = []
+        for example in examples:
+            pairs = [(*example.inputs[:1], c) for c in example.choices] if self.task == "choose" else [example.inputs]
+            texts += pairs
+            counts.append(len(pairs))
+        ids, segments = tokens(model, texts, longest)
+        made, at = [], 0
+        for example, count in zip(examples, counts, strict=True):
+            made.append(Row(ids[at : at + count], [], self._target(example), None, segments[at : at + count]))
+            at += count
+        return made
+
+    def _target(self, example: Example) -> Any:
+        if self.task == "classify":
+            return self.index.get(example.target, -100)
+        if self.task == "multilabel":
+            return [1.0 if label in example.target else 0.0 for label in self.labels]
+        return (example.target - self.center) / self.spread if self.task == "regress" else example.target
+
+    def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        logits = self._logits(out)
+        target = [row.target for row in rows]
+        if self.task == "classify":
+            loss = F.cross_entropy(logits, torch.tensor(target, device=logits.device), reduction="none")
+        elif self.task == "multilabel":
+            wanted = torch.tensor(target, device=logits.device)
+            loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+        elif self.task == "regress":
+            loss = (logits.squeeze(1) - torch.tensor(target, device=logits.device, dtype=logits.dtype)) ** 2
+        else:
+            groups = logits.squeeze(1).split([row.count for row in rows])
+            loss = torch.stack([-g.log_softmax(0)[t] for g, t in zip(groups, target, strict=True)])
+        return loss, torch.ones_like(loss)
+
+    def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
+        logits = self._logits(out)
+        if self.task == "classify":
+            return [self.labels[i] for i in logits.argmax(1).tolist()]
+        if self.task == "multilabel":
+            return [[self.labels[i] for i in row.nonzero().flatten().tolist()] for row in logits > 0]
+        if self.task == "regress":
+            return [v * self.spread + self.center for v in logits.squeeze(1).tolist()]
+        return [int(g.argmax()) for g in logits.squeeze(1).split([row.count for row in rows])]
+
+    def _logits(self, out: Out) -> Tensor:
+        logits: Tensor = self.linear(out.to(self.linear.weight.dtype))  # type: ignore[union-attr]
+        return logits
+
+
+class WordsHead(Head):
+    """Chooses among given answers by their likelihood under a causal or seq2seq model. It has no parameters.
+
+    Args:
+        task: ``classify`` (the answers are the labels) or ``choose`` (each example brings its own).
+        labels: label names, for ``classify``.
+        instruction: put before each input.
+        per_token: divide a likelihood by the answer's tokens, so that long answers are not at a disadvantage.
+    """
+
+    name = "words"
+    trunk = "likelihood"
+
+    def __init__(
+        self, task: str, labels: Sequence[str] = (), instruction: str = "", per_token: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.task, self.labels, self.instruction = task, tuple(labels), instruction
+        self.per_token = task == "choose" if per_token is None else per_token
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "task": self.task, "labels": list(self.labels),
+            "instruction": self.instruction, "per_token": self.per_token,
+        }  # fmt: skip
+
+    def answers(self, example: Example) -> tuple[str, ...]:
+        """The candidates of an example."""
+        return self.labels if self.task == "classify" else example.choices
+
+    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+        made = []
+        for example in examples:
+            answers = self.answers(example)
+            true = example.target if self.task == "choose" else _position(answers, example.target)
+            wanted = answers if scoring or true < 0 else [answers[true]]
+            prompt = prompted(self.instruction, example.inputs)
+            pairs = [joined(model, prompt, answer, longest) for answer in wanted]
+            made.append(Row([ids for ids, _ in pairs], [start for _, start in pairs], true))
+        return made
+
+    def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        nll, count = out
+        return nll, count.to(nll.dtype)
+
+    def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
+        nll, count = out
+        score = nll / count.clamp(min=1) if self.per_token else nll
+        best = [int(group.argmin()) for group in score.split([row.count for row in rows])]
+        return best if self.task == "choose" else [self.labels[i] for i in best]
+
+
+class TextHead(Head):
+    """Writes text (``generate``) or models it (``lm``) with a causal or seq2seq base. It has no parameters.
+
+    Args:
+        task: ``generate`` or ``lm``.
+        instruction: put before each input.
+        longest_answer: tokens written at most.
+    """
+
+    name = "text"
+    trunk = "likelihood"
+
+    def __init__(self, task: str, instruction: str = "", longest_answer: int = 64) -> None:
+        super().__init__()
+        self.task, self.instruction, self.longest_answer = task, instruction, longest_answer
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "task": self.task, "instruction": self.instruction,
+            "longest_answer": self.longest_answer,
+        }  # fmt: skip
+
+    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+        made = []
+        for example in examples:
+            if self.task == "lm":
+                made += windows(model, example.inputs[0], longest)
+                continue
+            prompt = prompted(self.instruction, example.inputs)
+            ids, start = joined(model, prompt, str(example.target), longest, end=True)
+            made.append(Row([ids], [start], example.target))
+        return made
+
+    def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        nll, count = out
+        return nll, count.to(nll.dtype)
+
+    def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
+        """For ``lm``: (negative log-likelihood in nats, tokens) of each row."""
+        nll, count = out
+        return list(zip(nll.tolist(), count.tolist(), strict=True))
+
+    @torch.no_grad()
+    def write(self, model: Model, rows: Sequence[Row]) -> list[str]:
+        """Greedy answers to the rows' prompts."""
+        tokenizer = model.processor
+        prompts = [row.sequences[0][: row.starts[0]] for row in rows]
+        width = max(len(p) for p in prompts)
+        pad = tokenizer.pad_token_id or 0
+        # decoders continue at the right end, so prompts are padded on the left
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        out = model.module.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.longest_answer, do_sample=False, pad_token_id=pad
+        )
+        new = out if model.kind == "seq2seq" else out[:, width:]
+        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def head_for(model: Model, task: Task, seed: int = 0) -> Head:
+    """A fresh head for a task on a base.
+
+    Raises:
+        ModelError: this kind of base cannot do this kind of task.
+    """
+    if model.kind in ("causal", "seq2seq"):
+        if task.kind in ("classify", "choose"):
+            return WordsHead(task.kind, task.labels, task.instruction)
+        if task.kind in ("generate", "lm"):
+            longest = max((len(str(e.target)) for e in task.train), default=64) if task.kind == "generate" else 64
+            return TextHead(task.kind, task.instruction, min(256, 8 + longest // 2))
+    elif task.kind in ("classify", "multilabel", "regress", "choose"):
+        center = spread = 0.0
+        if task.kind == "regress":
+            values = torch.tensor([e.target for e in task.train], dtype=torch.float64)
+            center, spread = float(values.mean()), float(values.std(correction=0))
+        head = LinearHead(task.kind, model.width, task.labels, center, spread or 1.0)
+        return head.start(torch.Generator().manual_seed(seed))
+    able = {"causal": "classify, choose, generate, lm", "seq2seq": "classify, choose, generate"}
+    raise ModelError(
+        f"the task {task.name!r} is of kind {task.kind!r}, which the {model.kind} model {model.name!r} cannot do; it can do "
+        f"{able.get(model.kind, 'classify, multilabel, regress, choose')}"
+    )
+
+
+def _position(answers: Sequence[str], target: Any) -> int:
+    return answers.index(target) if target in answers else -1
+
+
+def prompted(instruction: str, inputs: Sequence[str]) -> str:
+    """The instruction, an empty line, the inputs: what a generative base reads before the answer."""
+    return "\n\n".join([*([instruction] if instruction else []), "\n".join(inputs)]) + "\n"
+
+
+def limit(model: Model, longest: int | None) -> int:
+    """Tokens of a text that are read: what was asked for, what the model can take, and `LONGEST`, whichever is least."""
+    config = getattr(model.module, "config", None)
+    bounds = [longest or LONGEST, getattr(model.processor, "model_max_length", LONGEST)]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's positions start behind the padding token
+        bounds.append(positions - (2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0))
+    return int(min(bounds))
+
+
+def tokens(model: Model, texts: Sequence[tuple[str, ...]], longest: int | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids and token types of one text or a pair each, truncated and not padded."""
+    tokenizer = _tokenizer(model)
+    if not texts:
+        return [], []
+    first = [t[0] for t in texts]
+    second = [" ".join(t[1:]) for t in texts] if len(texts[0]) > 1 else None
+    tokenizer.truncation_side = "right"
+    out = tokenizer(first, second, truncation=True, max_length=limit(model, longest), padding=False)
+    return out["input_ids"], out.get("token_type_ids", [])
+
+
+def joined(model: Model, prompt: str, answer: str, longest: int | None, end: bool = False) -> tuple[list[int], int]:
+    """Ids of a prompt followed by an answer, and where the answer starts. Too long a prompt loses its beginning."""
+    tokenizer = _tokenizer(model)
+    room = limit(model, longest)
+    left = tokenizer(prompt, add_special_tokens=model.kind == "seq2seq")["input_ids"]
+    if model.kind == "causal" and tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
+        left = [tokenizer.bos_token_id, *left]
+    right = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and (end or model.kind == "seq2seq"):
+        right = [*right, tokenizer.eos_token_id]
+    right = right[: room // 2] if model.kind == "causal" else right[:room]
+    keep = room - len(right) if model.kind == "causal" else room
+    left = left[-keep:]
+    return left + right, len(left)
+
+
+def windows(model: Model, text: str, longest: int | None) -> list[Row]:
+    """A text of any length in windows the model can take, each token scored once."""
+    tokenizer = _tokenizer(model)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    room = limit(model, longest)
+    made = []
+    for at in range(0, max(len(ids) - 1, 1), room - 1):
+        piece = ids[at : at + room]  # overlaps by one token, which is read and not scored
+        if len(piece) > 1:
+            made.append(Row([piece], [1], None))
+    if not made:
+        raise DataError(f"a text of {len(ids)} tokens cannot be modelled; at least two are needed: {text[:40]!r}")
+    return made
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.processor is None or not callable(model.processor):
+        raise ModelError(f"the model {model.name!r} has no tokenizer; give one: Model(module, processor=tokenizer)")
+    return model.processor
+
+
+def images(model: Model, examples: Sequence[Example]) -> list[Tensor]:
+    """Image tensors [3, H, W]: by the model's processor where it has one, else the pixels divided by 255."""
+    if model.processor is None:
+        import numpy as np
+
+        arrays = [torch.from_numpy(np.asarray(e.pixels()).copy()) for e in examples]
+        return [a.permute(2, 0, 1).float() / 255.0 for a in arrays]
+    made: list[Tensor] = []
+    for at in range(0, len(examples), 64):
+        pixels = [e.pixels() for e in examples[at : at + 64]]
+        made += list(model.processor(images=pixels, return_tensors="pt")["pixel_values"])
+    return made
+
+
+def collate(model: Model, head: Head, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The tensors of a batch, padded to its longest sequence, on the model's device."""
+    device, dtype = model.device, model.dtype
+    if rows[0].pixels is not None:
+        pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
+        return {getattr(model.module, "main_input_name", "pixel_values"): pixels.to(device, dtype)}
+    sequences = [s for row in rows for s in row.sequences]
+    starts = [s for row in rows for s in row.starts]
+    pad = getattr(model.processor, "pad_token_id", None) or 0
+    if head.trunk == "likelihood" and model.kind == "seq2seq":
+        left = [s[:at] for s, at in zip(sequences, starts, strict=True)]
+        right = [s[at:] for s, at in zip(sequences, starts, strict=True)]
+        return {
+            "input_ids": padded(left, pad).to(device),
+            "attention_mask": padded([[1] * len(s) for s in left], 0).to(device),
+            "labels": padded(right, -100).to(device),
+        }
+    batch = {"input_ids": padded(sequences, pad), "attention_mask": padded([[1] * len(s) for s in sequences], 0)}
+    segments = [s for row in rows for s in row.segments]
+    if segments and any(any(s) for s in segments):
+        batch["token_type_ids"] = padded(segments, 0)
+    if head.trunk == "likelihood":
+        labels = [[-100] * at + s[at:] for s, at in zip(sequences, starts, strict=True)]
+        batch["labels"] = padded(labels, -100)
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def padded(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """[S, longest] with ``fill`` on the right."""
+    width = max(len(values) for values in lists)
+    return torch.tensor([[*values, *[fill] * (width - len(values))] for values in lists])
+
+
+def trunk(model: Model, head: Head, batch: Mapping[str, Tensor]) -> Out:
+    """What the base computes for a head."""
+    return model.features(batch) if head.trunk == "features" else model.likelihood(batch)
+
+
+def split(out: Out, counts: Sequence[int]) -> list[Out]:
+    """A trunk's result cut into groups of sequences."""
+    if isinstance(out, tuple):
+        return [(a, b) for a, b in zip(out[0].split(list(counts)), out[1].split(list(counts)), strict=True)]
+    return list(out.split(list(counts)))

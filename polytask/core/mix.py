@@ -1,0 +1,195 @@
+"""Mixes: the weights ``w_n`` over the attached adapters, at each site, for each row or token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import MixError, listing, nearest
+from .form import NO_CALL, Call, Weights
+
+if TYPE_CHECKING:
+    from .attach import Slot
+    from .site import Site
+
+
+class Mix(ABC):
+    """Weights over the attached adapters. Subclass it and give ``names`` and ``weigh``; the rest follows.
+
+    Attributes:
+        combines: ``"outputs"`` adds the weighted contributions; ``"parameters"`` averages the adapters' parameters with
+            the weights first and applies the average once. The two differ for every form that is a product of factors.
+    """
+
+    combines: ClassVar[Literal["outputs", "parameters"]] = "outputs"
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The adapters that this mix may use."""
+
+    @abstractmethod
+    def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
+        """The weights at one site.
+
+        Args:
+            site: where.
+            names: the attached adapters that have a patch there; the result weighs some or all of these.
+            x: the site's input.
+            y: the base's own output there.
+            call: what this forward knows.
+        """
+
+    def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
+        """The weights at a site where they do not depend on the input, else None. Weights that act on a parameter need them."""
+        return None
+
+    def combine(self, slot: Slot, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
+        """The site's output. A mix that looks at the contributions themselves overrides this."""
+        weights = self.weigh(slot.site, slot.names, x, y, call)
+        out = y
+        for bank in slot.banks(weights.names):
+            step = bank.apply if self.combines == "outputs" else bank.average
+            out = step(x, y, out, weights, call)
+        return out
+
+    def check(self, attached: Sequence[str]) -> None:
+        """Raises `MixError` when the mix names an adapter that is not attached."""
+        for name in self.names():
+            if name not in attached:
+                there = f"attached are: {listing(attached)}" if attached else "nothing is attached; call model.attach first"
+                raise MixError(f"no adapter {name!r} is attached{nearest(name, attached)}; {there}")
+
+    @staticmethod
+    def of(spec: MixLike) -> Mix | None:
+        """A mix from what people write: a name, a mapping of weights, a list with an entry per row, a mix, or None."""
+        if spec is None or isinstance(spec, Mix):
+            return spec
+        if isinstance(spec, str):
+            return Single(spec)
+        if isinstance(spec, Mapping):
+            return Fixed(spec)
+        return PerRow(spec)
+
+
+class Single(Mix):
+    """One adapter, with weight 1.
+
+    Args:
+        name: the adapter's name in the model.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
+        return Weights((self.name,), (1.0,)) if self.name in names else Weights((), ())
+
+    def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float]:
+        return {self.name: 1.0} if self.name in names else {}
+
+    def combine(self, slot: Slot, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
+        patch = slot.patches.get(self.name)  # the common case goes straight to the patch
+        return y if patch is None else patch.add(x, y, y, 1.0, call)
+
+    def __repr__(self) -> str:
+        return f"Single({self.name!r})"
+
+
+class Fixed(Mix):
+    """Numbers per adapter, the same at every site and for every input.
+
+    Args:
+        weights: adapter name to weight. They need not sum to one; zero leaves an adapter out.
+        combines: ``"outputs"`` (the default) or ``"parameters"``.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], combines: Literal["outputs", "parameters"] = "outputs"
+    ) -> None:
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        self.combines = combines  # type: ignore[misc]  # an instance may choose
+        self._plans: dict[tuple[str, ...], Weights] = {}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
+        plan = self._plans.get(names)
+        if plan is None:
+            here = tuple(n for n in self.weights if n in names and self.weights[n] != 0.0)
+            plan = self._plans[names] = Weights(here, tuple(self.weights[n] for n in here))
+        return plan
+
+    def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
+        return {n: w for n, w in self.weights.items() if n in names} if self.combines == "outputs" else None
+
+    def __repr__(self) -> str:
+        return f"Fixed({self.weights!r})"
+
+
+class PerRow(Mix):
+    """Each row of the batch has its own adapter, its own weighted adapters, or none.
+
+    Args:
+        rows: one entry per row of the batch: an adapter's name, a mapping of names to weights, or None for the bare base.
+            While ``generate`` runs with beams, each entry serves all beams of its row.
+        combines: ``"outputs"`` (the default) or ``"parameters"``.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[str | Mapping[str, float] | None],
+        combines: Literal["outputs", "parameters"] = "outputs",
+    ) -> None:
+        self.rows: tuple[dict[str, float], ...] = tuple(
+            {} if row is None else {row: 1.0} if isinstance(row, str) else {n: float(w) for n, w in row.items()}
+            for row in rows
+        )
+        if not self.rows:
+            raise MixError("PerRow needs at least one row")
+        self.combines = combines  # type: ignore[misc]  # an instance may choose
+        self._names = tuple(dict.fromkeys(name for row in self.rows for name in row))
+        self._plans: dict[tuple[tuple[str, ...], torch.device], Weights] = {}
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
+        if not site.rows or x.dim() < 2:
+            raise MixError(
+                f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot serve a "
+                "different adapter per row; leave it out of the adapters, or use one adapter at a time"
+            )
+        key = (names, y.device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(names, y.device)
+        return plan
+
+    def _plan(self, names: tuple[str, ...], device: torch.device) -> Weights:
+        here = tuple(n for n in self._names if n in names)
+        place = {n: i for i, n in enumerate(here)}
+        picked = [[(place[n], w) for n, w in row.items() if n in place] for row in self.rows]
+        k = max(1, max(len(row) for row in picked))
+        index = [[p for p, _ in row] + [0] * (k - len(row)) for row in picked]
+        values = [[w for _, w in row] + [0.0] * (k - len(row)) for row in picked]
+        return Weights(here, torch.tensor(values, device=device), torch.tensor(index, device=device))
+
+    def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
+        first = self.rows[0]
+        if self.combines != "outputs" or any(row != first for row in self.rows):
+            return None
+        return {n: w for n, w in first.items() if n in names}
+
+    def __repr__(self) -> str:
+        return f"PerRow({len(self.rows)} rows of {listing(self._names, 4)})"
+
+
+MixLike = Mix | str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None

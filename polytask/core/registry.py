@@ -1,0 +1,69 @@
+"""Registration by definition: a decorated class appears in the API, the command line, the docs and the contract tests."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from .errors import ConfigError, listing, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The methods of one room by the name the field uses.
+
+    The room's modules are imported on first look-up, so a method is one file and nobody keeps a list of them.
+
+    Args:
+        what: what an entry is called in messages, as ``"form"``.
+        package: the package whose modules register entries, as ``"polytask.forms"``.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        self.what = what
+        self.package = package
+        self._items: dict[str, type[T]] = {}
+        self._found = False
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator that files the class under ``name``; a name is given once."""
+
+        def add(cls: type[T]) -> type[T]:
+            other = self._items.get(name)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ConfigError(f"two classes register the {self.what} {name!r}: {other.__qualname__} and {cls}")
+            cls.name = name  # type: ignore[attr-defined]
+            self._items[name] = cls
+            return cls
+
+        return add
+
+    def __getitem__(self, name: str) -> type[T]:
+        self._discover()
+        if name not in self._items:
+            hint = nearest(name, self._items)
+            raise ConfigError(f"no {self.what} is called {name!r}{hint}; there are: {listing(self)}")
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        self._discover()
+        return iter(sorted(self._items))
+
+    def values(self) -> list[type[T]]:
+        """The registered classes, by name."""
+        return [self[name] for name in self]
+
+    def _discover(self) -> None:
+        if self._found:
+            return
+        self._found = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")

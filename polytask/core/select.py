@@ -1,0 +1,182 @@
+"""The selector language: which sites, said apart from what acts there.
+
+    linear                      every linear layer of the blocks (not heads, poolers, routers)
+    query | value               roles;  attention, mlp  are groups of roles
+    kind:linear  role:up        one of the two, where a word could be both
+    depth>=0.5                  fraction of the stack;  layer in 0..3,  layer==2  count blocks
+    re:layer\\.[01]\\..*dense     a regular expression found in the site's name (ends at a space, or quote it)
+    encoder.layer.0             a path and all below it;  q_proj  the end of a path
+    a & b   a | b   !a   (a)    and, or, not
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from .errors import SiteError, listing, nearest
+from .site import GROUPS, KINDS, NOT_IN_STACK, ROLES, Site
+
+Test = Callable[[Site], bool]
+Selector = str | Iterable[str] | Test
+
+_TOKEN = re.compile(
+    r"""\s*(?:
+        (?P<op>[&|!()]) |
+        (?P<range>layer\s+in\s+\d+\s*\.\.\s*\d+) |
+        (?P<compare>(?:depth|layer)\s*(?:>=|<=|==|!=|>|<)\s*[\d.]+) |
+        (?P<regex>re:(?:"[^"]*"|'[^']*'|\S+)) |
+        (?P<word>[\w.:\-*/]+)
+    )""",
+    re.VERBOSE,
+)
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+
+
+def select(sites: Sequence[Site], selector: Selector) -> list[Site]:
+    """The sites that a selector picks, in their order.
+
+    Args:
+        sites: what there is.
+        selector: an expression (see the module), several of them (any may match), or a function of a site.
+
+    Raises:
+        SiteError: the expression cannot be read, or nothing matches; the message lists what there is.
+    """
+    if callable(selector):
+        picked = [site for site in sites if selector(site)]
+        text = getattr(selector, "__name__", "the given function")
+    else:
+        expressions = [selector] if isinstance(selector, str) else list(selector)
+        tests = [parse(expression) for expression in expressions]
+        picked = [site for site in sites if any(test(site) for test in tests)]
+        text = " | ".join(expressions)
+    if not picked:
+        words = {w for site in sites for w in (site.role, site.kind, site.name.rsplit(".", 1)[-1])} | set(GROUPS)
+        raise SiteError(f"no site matches {text!r}{nearest(text, words)}; this model has {describe(sites)}")
+    return picked
+
+
+def describe(sites: Sequence[Site]) -> str:
+    """What there is to match, in one line for a message."""
+    roles = Counter(site.role for site in sites)
+    kinds = Counter(site.kind for site in sites)
+    layers = [site.layer for site in sites if site.layer is not None]
+    stack = f"; layers 0..{max(layers)}" if layers else ""
+    return (
+        f"roles {listing(f'{r} ({n})' for r, n in roles.most_common())}; "
+        f"kinds {listing(f'{k} ({n})' for k, n in kinds.most_common())}{stack}"
+    )
+
+
+def parse(expression: str) -> Test:
+    """An expression of the selector language as a test of one site.
+
+    Raises:
+        SiteError: the expression cannot be read; the message points at the place.
+    """
+    tokens = _tokens(expression)
+    position = 0
+
+    def peek() -> str:
+        return tokens[position] if position < len(tokens) else ""
+
+    def take() -> str:
+        nonlocal position
+        position += 1
+        return tokens[position - 1] if position <= len(tokens) else ""
+
+    def either() -> Test:
+        tests = [both()]
+        while peek() == "|":
+            take()
+            tests.append(both())
+        return tests[0] if len(tests) == 1 else lambda site: any(test(site) for test in tests)
+
+    def both() -> Test:
+        tests = [one()]
+        while peek() == "&":
+            take()
+            tests.append(one())
+        return tests[0] if len(tests) == 1 else lambda site: all(test(site) for test in tests)
+
+    def one() -> Test:
+        token = take()
+        if token == "!":
+            inner = one()
+            return lambda site: not inner(site)
+        if token == "(":
+            inner = either()
+            if take() != ")":
+                raise SiteError(f"the selector {expression!r} lacks a closing parenthesis")
+            return inner
+        if token in ("", "&", "|", ")"):
+            got = repr(token) if token else "its end"
+            raise SiteError(f"the selector {expression!r} has {got} where a name, a comparison or '(' is needed")
+        return _atom(token)
+
+    test = either()
+    if position < len(tokens):
+        raise SiteError(f"the selector {expression!r} goes on after it is complete, at {peek()!r}; join with & or |")
+    return test
+
+
+def _tokens(expression: str) -> list[str]:
+    tokens, at = [], 0
+    text = expression.rstrip()
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise SiteError(f"the selector {expression!r} cannot be read at {text[at:]!r}; see `polytask sites --help`")
+        tokens.append(match.group(0).strip())
+        at = match.end()
+    return tokens
+
+
+def _atom(token: str) -> Test:
+    if token.startswith("re:"):
+        return _regex(token[3:].strip("\"'"))
+    if match := re.fullmatch(r"layer\s+in\s+(\d+)\s*\.\.\s*(\d+)", token):
+        low, high = int(match[1]), int(match[2])
+        return lambda site: site.layer is not None and low <= site.layer <= high
+    if match := re.fullmatch(r"(depth|layer)\s*(>=|<=|==|!=|>|<)\s*([\d.]+)", token):
+        return _comparison(match[1], _COMPARE[match[2]], float(match[3]))
+    prefix, _, word = token.partition(":")
+    if prefix == "kind" and word:
+        return lambda site: site.kind == word
+    if prefix == "role" and word:
+        return lambda site: site.role == word
+    return _word(token)
+
+
+def _comparison(field: str, compare: Callable[[float, float], bool], bound: float) -> Test:
+    def test(site: Site) -> bool:
+        value = getattr(site, field)
+        return value is not None and compare(value, bound)
+
+    return test
+
+
+def _regex(pattern: str) -> Test:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SiteError(f"the regular expression {pattern!r} cannot be read: {error}") from error
+    return lambda site: compiled.search(site.name) is not None
+
+
+def _word(word: str) -> Test:
+    if word == "all":
+        return lambda site: True
+    if word == "linear":  # the common meaning; ``kind:linear`` takes the head and the pooler as well
+        return lambda site: site.kind == "linear" and site.role not in NOT_IN_STACK
+    roles = GROUPS.get(word, (word,) if word in ROLES else ())
+    if roles or word in KINDS:
+        return lambda site: site.role in roles or site.kind == word
+    return lambda site: (
+        site.name == word or site.path == word or site.name.endswith("." + word) or site.name.startswith(word + ".")
+    )

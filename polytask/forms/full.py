@@ -1,0 +1,139 @@
+"""Full: a dense change of a module's parameters, so that ordinary fine-tuning is a form too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polytask.core.errors import AdapterError, ConfigError
+from polytask.core.form import NO_CALL, Call, Form, Patch, forms
+from polytask.core.site import Site
+
+
+@forms.register("full")
+@dataclass(frozen=True)
+class Full(Form):
+    """A dense change of every parameter of a module: ``c(x) = f(x; W + dW) - f(x; W)``.
+
+    Starts at zero. The base's weights stay where they are: the change is a tensor of its own, so several fully tuned models
+    share one base, and can be mixed like any other adapters. Acts on linear layers, convolutions, embeddings, norms and raw
+    parameters. Where every row of the batch has the same weights it is added to the weight, which costs one addition.
+
+    Args:
+        parameters: ``"all"`` of a module's parameters, ``"weight"``, or ``"bias"`` only.
+        stored: ``"delta"`` keeps the change; ``"value"`` keeps the new parameters themselves, as a checkpoint of
+            PEFT's ``modules_to_save`` does.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    parameters: Literal["all", "weight", "bias"] = "all"
+    stored: Literal["delta", "value"] = "delta"
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
+    acts: ClassVar[str] = "weight"
+    peft_type: ClassVar[str] = "POLYTASK_FULL"
+    paper: ClassVar[str] = "fine-tuning"
+    tensor_names: ClassVar[dict[str, str]] = {"delta.weight": "weight", "delta.bias": "bias", "delta": "value"}
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("parameters", self.parameters, ("all", "weight", "bias")),
+            ("stored", self.stored, ("delta", "value")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"Full: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def patch(self, site: Site) -> Patch:
+        return FullPatch(self, site)
+
+    def refuses(self, site: Site) -> str:
+        reason = super().refuses(site)
+        if not reason and self.parameters == "bias" and not site.bias:
+            return f"site {site.name!r} has no bias"
+        return reason
+
+
+class FullPatch(Patch):
+    """One tensor per parameter of the module, of the parameter's shape."""
+
+    form: Full
+
+    def __init__(self, form: Full, site: Site) -> None:
+        super().__init__(form, site)
+        self.keys = {}
+        if site.param:
+            self._hold("value", site.shape, "delta")
+            return
+        if form.parameters != "bias":
+            self._hold("weight", site.shape, "delta.weight")
+        if form.parameters != "weight" and site.bias:
+            self._hold("bias", (site.d_out if site.kind == "linear" else site.shape[0],), "delta.bias")
+
+    def _hold(self, name: str, shape: tuple[int, ...], key: str) -> None:
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.keys = {**self.keys, name: key if self.form.stored == "delta" else name}
+
+    def start(self, generator: torch.Generator) -> None:
+        """Zero for a change; for stored values there is nothing to start from but the base, so they need `load`."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
+    def deltas(self) -> dict[str, Tensor]:
+        changes = {}
+        for name, own in self._parameters.items():
+            target = self.site.param or name
+            if self.form.stored == "value":
+                stored = self._base()._parameters[target]
+                changes[target] = own - stored.detach().to(own.dtype)  # type: ignore[union-attr,operator]
+            else:
+                changes[target] = own  # type: ignore[assignment]
+        return changes
+
+    def delta(self) -> Tensor | None:
+        return self.deltas().get(self.site.param or "weight")
+
+    def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
+        base = self._base()
+        if self.site.read == "weight":
+            raise AdapterError(f"site {self.site.name!r} is read and not called; a Full change acts on its weight there")
+        stored = {n: p for n, p in base._parameters.items() if p is not None}
+        # the original class: the swapped one would add the adapters again
+        plain = _Plain(base)
+        deltas = {f"inner.{n}": d.to(stored[n].dtype) for n, d in self.deltas().items()}
+        zeros = {f"inner.{n}": torch.zeros_like(p) for n, p in stored.items()}
+        # every module this form acts on is affine in its parameters: f(dW) - f(0) is the change (f(0) is 0 but for x + norm)
+        changed = functional_call(plain, {**zeros, **deltas}, (x,))
+        if self.site.kind in ("linear", "conv", "embedding"):
+            return changed
+        return changed - functional_call(plain, zeros, (x,))
+
+    def _base(self) -> nn.Module:
+        if self.base is None:
+            raise AdapterError(f"the Full change at {self.site.name!r} must be attached to a model before it is used")
+        return self.base
+
+
+class _Plain(nn.Module):
+    """A module seen as its own class, without what is attached to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        cls: Any = getattr(type(module), "_polytask_class", type(module))
+        inner = cls.__new__(cls)
+        inner.__dict__.update(module.__dict__)
+        inner.__dict__["_parameters"] = dict(module._parameters)
+        inner.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+        inner.__dict__.pop("forward", None)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
