@@ -31,20 +31,23 @@ _WHERE = {
     "Recipe": "core.recipe",
     "Stage": "core.recipe",
     "PolytaskError": "core.errors",
-    "learn": "learn",
-    "evaluate": "evaluate",
-    "compare": "evaluate.compare",
-    "Score": "evaluate",
+    "compare": "jobs",
+    "Score": "core.metrics",
 }
+
+
+_VERBS = ("learn", "evaluate")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
+    if name in _VERBS:
+        return importlib.import_module(f"polytask.{name}")
     where = _WHERE.get(name)
     if where is not None:
         value = getattr(importlib.import_module(f"polytask.{where}"), name)
-        globals()[name] = value  # also where a sub-package has the same name (polytask.learn)
+        globals()[name] = value
         return value
     if name[0].isupper():
         from .core.form import forms
@@ -57,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_WHERE, *_VERBS})

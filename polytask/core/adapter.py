@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, listing, nearest
 from .form import Form, Patch
+from .peft_files import differs, task_type
 from .select import Selector
 from .site import Site
 
@@ -84,6 +84,7 @@ class Adapter:
         self.card = card or Card()
         self.name = name
         self.targets = tuple(targets)
+        self._targeted = tuple(self.patches)
 
     @classmethod
     def new(
@@ -112,12 +113,26 @@ class Adapter:
         if not fit:
             chosen.require(picked[0])
         patches: dict[str, Patch] = {}
+        unlike = {}
         for site in fit:
             patch = chosen.patch(site)
-            patch.start(torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(site.name.encode())))
+            value = hashlib.blake2b(f"{seed}:{site.name}".encode(), digest_size=8).digest()
+            patch.start(torch.Generator().manual_seed(int.from_bytes(value)))
             patches[site.name] = patch
-        card = Card(base={"name": model.name, "fingerprint": model.fingerprint, "kind": model.kind})
-        return cls(chosen, patches, card=card, name=name, targets=_targets(model.sites, list(patches)))
+            if chosen.in_peft and (reason := differs(site, model.module.get_submodule(site.path))):
+                unlike[site.name] = reason
+        base: dict[str, Any] = {"name": model.name, "source": getattr(model, "source", "") or model.name}
+        base |= {"fingerprint": model.fingerprint, "kind": model.kind}
+        if chosen.in_peft:
+            base["task_type"] = task_type(model.kind, model.module)
+        if unlike:
+            base["unlike_peft"] = unlike
+        return cls(chosen, patches, card=Card(base=base), name=name, targets=_targets(model.sites, list(patches)))
+
+    @property
+    def short_targets(self) -> tuple[str, ...]:
+        """`targets`, as long as the sites are those it was made with."""
+        return self.targets if tuple(self.patches) == self._targeted else ()
 
     # Parameters
 
@@ -144,10 +159,17 @@ class Adapter:
         return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Sets the values of `state`, in place: whatever holds the parameters sees them."""
+        """Sets the values of `state`, in place: whatever holds the parameters sees them.
+
+        Raises:
+            AdapterError: a parameter is missing, unknown, or of another shape.
+        """
         own = dict(self.named_parameters())
         if set(own) != set(state):
             raise AdapterError(f"the state has other parameters: {listing(sorted(set(own) ^ set(state)))}")
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise AdapterError(f"{name} is {tuple(own[name].shape)} here and {tuple(value.shape)} in the state")
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
@@ -178,7 +200,7 @@ class Adapter:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.named_parameters(), key=lambda item: item[0]):
             digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -213,7 +235,7 @@ class Adapter:
             site = model._by_name.get(candidate)
             if site is None:
                 continue
-            reason = patch.misfit(site)
+            reason = patch.misfit(site) or self._foreign_experts(site, model)
             if reason:
                 raise AdapterError(f"the adapter {self.name!r} does not fit {model.name!r} at {name!r}: {reason}")
             return site
@@ -222,8 +244,17 @@ class Adapter:
             f"{nearest(name, model._by_name)}; it was made for {self.card.base.get('name') or 'another architecture'}"
         )
 
+    def _foreign_experts(self, site: Site, model: Model) -> str:
+        """A file of PEFT's does not say which way round its experts are stored; ours are as the model's."""
+        if site.kind != "experts" or "fingerprint" in self.card.base:
+            return ""
+        turned = getattr(model.module.get_submodule(site.path), "is_transposed", False)
+        return "PEFT's factors for experts that are stored as [E, d_in, d_out] are not read" if turned else ""
+
     def merge_into(self, model: Model, weight: float = 1.0, *, in_place: bool = False, untie: bool = False) -> Model:
         """A plain model with this adapter's change added to the weights. Heads are not part of it.
+
+        A change is added in the wider of both types and rounded once, to the weight's own.
 
         Args:
             model: the base.
@@ -232,28 +263,11 @@ class Adapter:
             untie: where a changed weight is shared with another module, give the site its own instead of refusing.
 
         Raises:
-            AdapterError: a form has no dense change (its name is given), or a weight is shared or computed.
+            AdapterError: a form has no dense change (its name is given), or a weight is shared, computed or quantised.
         """
-        from .model import Model
+        from .merged import merge
 
-        self.check_base(model)
-        module = model.module if in_place else copy.deepcopy(model.module)
-        plain = Model(module, model.processor, kind=model.kind, name=model.name, pooling=model.pooling)  # type: ignore[arg-type]
-        if not in_place:
-            plain.detach()
-        merged = [(site, *self._merged(plain, site, patch)) for patch in self.patches.values() for site in [self.fit(patch, plain)]]
-        for site, target, deltas in merged:
-            for name, delta in deltas.items():
-                _add_to(plain.module, target, site, name, weight * delta, untie)
-        return plain
-
-    def _merged(self, model: Model, site: Site, patch: Patch) -> tuple[nn.Module, dict[str, Tensor]]:
-        target = model.module.get_submodule(site.path)
-        with torch.no_grad():
-            deltas = patch.bound(target, site).deltas()
-        if deltas is None:
-            raise AdapterError(f"the form {patch.form.name!r} at {site.name!r} has no dense change of the weight to merge")
-        return target, {n: d.clone() for n, d in deltas.items()}
+        return merge(self, model, weight, in_place=in_place, untie=untie)
 
     # Files
 
@@ -293,27 +307,3 @@ def _targets(sites: Sequence[Site], names: list[str]) -> list[str]:
     leaves = [s.name for s in sites if s.kind in ("linear", "conv", "embedding")]
     picked = [n for n in leaves if n.rsplit(".", 1)[-1] in ends]
     return ends if sorted(picked) == sorted(names) else list(names)
-
-
-def _add_to(root: nn.Module, module: nn.Module, site: Site, name: str, delta: Tensor, untie: bool) -> None:
-    stored = module._parameters.get(name)
-    if stored is None:
-        raise AdapterError(f"{name} of {site.path!r} is computed (a parametrisation), so a change cannot be merged into it")
-    others = [
-        path for path, other in root.named_modules()
-        if other is not module and any(p is stored for p in other._parameters.values())
-    ]  # fmt: skip
-    value = (stored.detach().to(delta.dtype) + delta.to(stored.device)).to(stored.dtype)
-    if not others:
-        with torch.no_grad():
-            stored.copy_(value)
-        return
-    if not untie:
-        raise AdapterError(
-            f"the weight of {site.path!r} is shared with {listing(others)}, which the adapter does not change; merging "
-            "would change both. Pass untie=True to give the site a weight of its own, or leave the adapter attached"
-        )
-    module._parameters[name] = nn.Parameter(value, requires_grad=stored.requires_grad)
-    config = getattr(root, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False

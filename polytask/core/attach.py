@@ -1,15 +1,16 @@
-"""How an adapter acts without disturbing the model: the module's class is swapped for a subclass while something is attached.
+"""How an adapter acts without disturbing the model: a module's class is swapped for a subclass while it has adapters.
 
-The subclass's ``forward`` calls the original and adds the mix. Names, ``state_dict``, hooks, tied weights, ``generate`` and
-pickling see the module as it was; detaching restores the class. Where somebody reads a module's weight without calling it
-(``nn.MultiheadAttention``, fused experts), the subclass answers with the weight plus the mix's delta instead.
+The subclass's ``forward`` calls the original and adds the mix. Names, ``state_dict``, hooks, tied weights, ``generate``
+and pickling see the module as it was; detaching restores the class. Where somebody reads a module's weight without
+calling it (``nn.MultiheadAttention``, fused experts), the subclass answers with the weight plus the mix's delta.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SLOTS = "_polytask_slots"  # module attribute: parameter name ("" for the module itself) -> Slot
 SLOT = "_polytask_slot"  # module attribute: the module's own Slot
 HUB = "_polytask_hub"  # root attribute
+NO_ROWS = ("position_ids", "cache_position")  # inputs whose first dimension need not be the batch
 
 
 class InactiveSiteWarning(UserWarning):
@@ -62,26 +64,42 @@ class Hub:
         active = set(self.mix.names())
         self.unreached = {name for name, slot in self.slots.items() if not active.isdisjoint(slot.patches)}
 
-    def enter(self, kwargs: dict[str, Any], args: tuple[Any, ...]) -> None:
-        """At the start of a forward of the whole model: what the inputs tell about the call."""
+    def enter(self, kwargs: dict[str, Any], args: tuple[Any, ...] = ()) -> None:
+        """At the start of a forward of the whole model: what the inputs tell about the call.
+
+        Raises:
+            MixError: the mix or the call has another number of rows than the batch.
+        """
         if self.mix is None:
             return
         if not self.given:
             mask = kwargs.get("attention_mask")
-            first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
+            inputs = (*args, *[v for k, v in kwargs.items() if k not in NO_ROWS])
+            first = next((v for v in inputs if isinstance(v, Tensor) and v.dim() > 0), None)
             rows = None if first is None else first.shape[0]
-            self.call = Call(mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, rows=rows)
-        rows = self.call.rows
+            tasks = self.call.tasks
+            if tasks is not None and rows is not None:
+                each = self._fits(len(tasks), rows, "the call has a task for")
+                tasks = tuple(task for task in tasks for _ in range(each))
+            mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            self.call = Call(tasks, mask, rows, self.call.step)
         need = getattr(self.mix, "rows", None)
-        if isinstance(need, tuple) and rows is not None and rows != len(need):
-            if self.generating and rows % len(need) == 0:
-                return
-            raise MixError(
-                f"the mix has an entry for each of {len(need)} rows, and the batch has {rows}; give one entry per row"
-            )
+        if isinstance(need, tuple) and self.call.rows is not None:
+            self._fits(len(need), self.call.rows, "the mix has an entry for")
+
+    def _fits(self, said: int, rows: int, what: str) -> int:
+        """How many neighbouring rows of the batch each entry serves: one, or all beams of a row while generating."""
+        if said == rows:
+            return 1
+        if self.generating and rows % said == 0:
+            return rows // said
+        raise MixError(f"{what} each of {said} rows, and the batch has {rows}; give one entry per row")
 
     def leave(self) -> None:
         """At the end of a forward of the whole model: says once which sites of the active adapters did not act."""
+        if not self.given and not torch.is_grad_enabled():
+            # a part of the model that is called alone must not see this mask; a backward that recomputes must
+            self.call = Call(tasks=self.call.tasks, step=self.call.step)
         if self.unreached:
             names = sorted(self.unreached)
             warnings.warn(
@@ -89,7 +107,7 @@ class Hub:
                 f"{listing(names, 6)}. If another module reads their weight without calling them, list them in "
                 "Model(..., read_weights=[...]); if this input does not use them, nothing is wrong",
                 InactiveSiteWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         self.unreached = None
 
@@ -103,20 +121,34 @@ class Slot:
         self.hub = hub
         self.patches: dict[str, Patch] = {}
         self.names: tuple[str, ...] = ()
+        self.acted = False  # whether the module's last call added the mix; `_outer` asks
+        self._prefers = False  # whether some patch would rather change the weight
         self._banks: tuple[tuple[str, ...], list[Bank]] | None = None
         self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
     def put(self, name: str, patch: Patch) -> None:
         """Adds an adapter's patch."""
         self.patches[name] = patch.bound(self.module, self.site)
-        self.names = tuple(self.patches)
-        self.forget()
+        self._changed()
 
     def take(self, name: str) -> None:
         """Removes an adapter's patch."""
         del self.patches[name]
+        self._changed()
+
+    def _changed(self) -> None:
         self.names = tuple(self.patches)
+        self._prefers = any(patch.form.acts == "weight" for patch in self.patches.values())
         self.forget()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The module's own parameters whose readers must see the adapted tensor."""
+        if self.site.param:
+            return (self.site.param,)
+        if self.site.read == "call" and not self._prefers:
+            return ()
+        return tuple(n for n, p in self.module._parameters.items() if p is not None)
 
     def forget(self) -> None:
         """Drops everything prepared for the current mix."""
@@ -129,7 +161,8 @@ class Slot:
         if self._banks is None or self._banks[0] != names:
             groups: dict[Any, dict[str, Patch]] = {}
             for name in names:
-                groups.setdefault((type(self.patches[name]), type(self.patches[name].form)), {})[name] = self.patches[name]
+                patch = self.patches[name]
+                groups.setdefault((type(patch), type(patch.form)), {})[name] = patch
             self._banks = (names, [kind.bank(group) for (kind, _), group in groups.items()])
         return self._banks[1]
 
@@ -146,17 +179,13 @@ class Slot:
         return mix.combine(self, x, y, hub.call)
 
     def by_weight(self, mix: Mix) -> bool:
-        """Whether this site's change is made to the weight: where nobody calls the module, or all active patches prefer it."""
+        """Whether the change is made to the weight: nobody calls the module, or all active patches prefer it."""
         if self.site.read == "weight":
             return True
-        if not self._prefer_weight:
+        if not self._prefers:
             return False
         fixed = mix.fixed(self.site, self.names)
         return fixed is not None and all(self.patches[n].form.acts == "weight" for n, w in fixed.items() if w)
-
-    @property
-    def _prefer_weight(self) -> bool:
-        return any(patch.form.acts == "weight" for patch in self.patches.values())
 
     def parameter(self, name: str, stored: Tensor) -> Tensor:
         """What a reader of the module's parameter ``name`` sees: the stored tensor plus the active mix's deltas.
@@ -168,22 +197,35 @@ class Slot:
         mix = self.hub.mix
         if mix is None or not self.by_weight(mix):
             return stored
-        if self.hub.unreached:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.hub.unreached:
             self.hub.unreached.discard(self.site.name)
+        active = self._active(mix)
+        if not active:
+            return stored
+        own = [p for patch, _ in active for p in patch.parameters()]
+        if compiling or (torch.is_grad_enabled() and any(t.requires_grad for t in (stored, *own))):
+            return self._sum(name, stored, active)  # a graph serves one backward
+        # a tensor made in inference mode must not be met by a later forward that records gradients
+        key = (torch.is_inference_mode_enabled(), *[v for t in (stored, *own) for v in (t, _version(t))])
+        kept = self._weights.get(name)
+        if kept is None or len(kept[0]) != len(key) or not all(map(_same, kept[0], key)):
+            kept = self._weights[name] = (key, self._sum(name, stored, active))
+        return kept[1]
+
+    def _active(self, mix: Mix) -> list[tuple[Patch, float]]:
+        if self.patches.keys().isdisjoint(mix.names()):
+            return []
         fixed = mix.fixed(self.site, self.names)
         if fixed is None:
             raise MixError(
-                f"the weight of site {self.site.name!r} is read without a call, so {mix!r} cannot differ by row or token "
-                "there; leave it out of the adapters, or use one adapter at a time"
+                f"the weight of site {self.site.name!r} is read without a call, so only a mix of outputs with the "
+                f"same weights for every row and token can act there, and {mix!r} is not of that kind; leave the site "
+                "out of the adapters, or use one adapter at a time"
             )
-        active = [(self.patches[n], w) for n, w in fixed.items() if w]
-        if not active:
-            return stored
-        key = (stored, stored._version, *[(id(p), p._version) for patch, _ in active for p in patch.parameters()])
-        grad = torch.is_grad_enabled() and any(p.requires_grad for patch, _ in active for p in patch.parameters())
-        kept = self._weights.get(name)
-        if not grad and kept is not None and len(kept[0]) == len(key) and all(_same(a, b) for a, b in zip(kept[0], key, strict=True)):
-            return kept[1]
+        return [(self.patches[n], w) for n, w in fixed.items() if w]
+
+    def _sum(self, name: str, stored: Tensor, active: list[tuple[Patch, float]]) -> Tensor:
         changed = stored
         for patch, weight in active:
             deltas = patch.deltas()
@@ -195,10 +237,11 @@ class Slot:
             if name in deltas:
                 # in the delta's own precision: a bf16 weight plus a small fp32 change is rounded once, at the end
                 changed = changed + weight * deltas[name]
-        changed = changed.to(stored.dtype)
-        if not grad:
-            self._weights[name] = (key, changed)
-        return changed
+        return changed.to(stored.dtype)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -216,23 +259,25 @@ def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root:
         root: whether the module is the whole model (it opens and closes a call).
     """
     original: Callable[..., Any] = cls.forward
+    order = tuple(inspect.signature(original).parameters)[1:] if root else ()
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if root:
-            getattr(self, HUB).enter(kwargs, args)
+            _enter(self, order, args, kwargs)
         out = original(self, *args, **kwargs)
         if site:
             out = adapted(self, args, kwargs, out)
-        if root and not torch.compiler.is_compiling():
-            getattr(self, HUB).leave()
+        if root:
+            _leave(self)
         return out
 
-    def __reduce_ex__(self: nn.Module, protocol: int) -> Any:  # type: ignore[misc]
-        _, _, *rest = object.__reduce_ex__(self, max(2, protocol))  # type: ignore[misc]
-        return (_rebuild, (cls, parameters, site, root), *rest)
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        parts: Any = object.__reduce_ex__(self, max(2, protocol))
+        return (_rebuild, (cls, parameters, site, root), *parts[2:])
 
-    body: dict[str, Any] = {"forward": forward, "__reduce_ex__": __reduce_ex__, "_polytask_class": cls}
+    body: dict[str, Any] = {"forward": forward, "__reduce_ex__": __reduce_ex__}
+    body["_polytask_class"], body["_polytask_order"] = cls, order
     for name in parameters:
         body[name] = property(functools.partial(_read, name))
     if root and hasattr(cls, "generate"):
@@ -241,36 +286,61 @@ def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root:
     return type(cls.__name__, (cls,), body)
 
 
+def _enter(module: nn.Module, order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hub: Hub | None = module.__dict__.get(HUB)
+    if hub is not None:
+        hub.enter({**dict(zip(order, args, strict=False)), **kwargs} if args else kwargs, args)
+
+
+def _leave(module: nn.Module) -> None:
+    hub: Hub | None = module.__dict__.get(HUB)
+    if hub is not None and not torch.compiler.is_compiling():
+        hub.leave()
+
+
 def adapted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """The output of a called site with its mix added; of a tuple, the first entry is the site's output."""
+    slot: Slot | None = module.__dict__.get(SLOT)
+    if slot is None:  # a hook that was set on the instance meanwhile still calls this after detaching
+        return out
+    slot.acted = True
     x = args[0] if args else next(iter(kwargs.values()))
-    slot = getattr(module, SLOT)
     if isinstance(out, tuple):
         return (slot(x, out[0]), *out[1:])
     return slot(x, out)
 
 
 def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root: bool) -> nn.Module:
-    kind = swapped(cls, parameters, site, root)
+    kind = swapped(cls, parameters, site, root)  # type: ignore[arg-type]  # classes can be hashed
     return kind.__new__(kind)
 
 
-def _read(name: str, module: nn.Module) -> Tensor:
-    slots: dict[str, Slot] = module.__dict__[SLOTS]
+def _read(name: str, module: nn.Module) -> Tensor | None:
     stored = module._parameters[name]
+    slots: dict[str, Slot] = module.__dict__.get(SLOTS, {})
     slot = slots.get(name) or slots.get("")
-    return stored if slot is None or stored is None else slot.parameter(name, stored)  # type: ignore[return-value]
+    if slot is None or stored is None:
+        return stored
+    try:
+        return slot.parameter(name, stored)
+    except AttributeError as error:
+        # out of a property it would be taken for a missing attribute, and nn.Module would answer with the bare weight
+        raise RuntimeError(f"the adapters at site {slot.site.name!r} failed: {error}") from error
 
 
 def _generating(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hub: Hub = getattr(self, HUB)
-        before, hub.generating = hub.generating, True
+        hub: Hub | None = self.__dict__.get(HUB)
+        if hub is None:
+            return original(self, *args, **kwargs)
+        before = (hub.generating, hub.call)
+        hub.enter(kwargs, args)  # the parts that generate calls by themselves (an encoder) know the call too
+        hub.generating = True
         try:
             return original(self, *args, **kwargs)
         finally:
-            hub.generating = before
+            hub.generating, hub.call = before
 
     return generate
 
@@ -285,40 +355,41 @@ def refresh(module: nn.Module, hub: Hub | None) -> None:
     cls: type[nn.Module] = getattr(type(module), "_polytask_class", type(module))
     slots: dict[str, Slot] = module.__dict__.get(SLOTS, {})
     own = slots.get("")
-    _restore_forward(module)
+    inner = module.__dict__.get("forward")
+    if isinstance(inner, functools.partial) and inner.func is _outer:
+        module.__dict__["forward"] = inner.args[2]
+    for name in (SLOTS, SLOT, HUB):
+        module.__dict__.pop(name, None)
     if not slots and hub is None:
-        for name in (SLOTS, SLOT, HUB):
-            module.__dict__.pop(name, None)
         module.__class__ = cls
         return
-    module.__dict__[SLOT] = own
+    if slots:
+        module.__dict__[SLOTS] = slots
+    if own is not None:
+        module.__dict__[SLOT] = own
     if hub is not None:
         module.__dict__[HUB] = hub
-    read = {name for name in slots if name}
-    if own is not None and (own.site.read == "weight" or own._prefer_weight):
-        read |= {name for name, p in module._parameters.items() if p is not None}
+    reads = tuple(sorted({name for slot in slots.values() for name in slot.reads}))
     called = own is not None and own.site.read == "call"
-    module.__class__ = swapped(cls, tuple(sorted(read)), called, hub is not None)
-    if called and "forward" in module.__dict__:
-        _wrap_forward(module)
+    kind = swapped(cls, reads, called, hub is not None)  # type: ignore[arg-type]  # classes can be hashed
+    module.__class__ = kind
+    if "forward" in module.__dict__ and (called or hub is not None):
+        # a forward set on the instance (accelerate's hooks) hides the class's: it is wrapped, and given back on detach.
+        # A partial, so that copies of the module wrap their own.
+        outer = functools.partial(_outer, module, kind._polytask_order, module.__dict__["forward"])  # type: ignore[attr-defined]
+        module.__dict__["forward"] = functools.update_wrapper(outer, outer.args[2])
 
 
-def _wrap_forward(module: nn.Module) -> None:
-    """A forward set on the instance (accelerate's hooks) hides the class's: it is wrapped, and given back on detach."""
-    inner = module.__dict__["forward"]
-
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return adapted(module, args, kwargs, inner(*args, **kwargs))
-
-    forward._polytask_inner = inner  # type: ignore[attr-defined]
-    module.__dict__["forward"] = forward
-
-
-def _restore_forward(module: nn.Module) -> None:
-    inner = getattr(module.__dict__.get("forward"), "_polytask_inner", None)
-    if inner is not None:
-        module.__dict__["forward"] = inner
+def _outer(module: nn.Module, order: tuple[str, ...], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _enter(module, order, args, kwargs)
+    slot: Slot | None = module.__dict__.get(SLOT)
+    if slot is not None:
+        slot.acted = False
+    out = inner(*args, **kwargs)
+    if slot is not None and not slot.acted:  # the inner one may have been set after attaching, and call the class's
+        out = adapted(module, args, kwargs, out)
+    _leave(module)
+    return out
 
 
 @contextmanager
@@ -330,3 +401,13 @@ def calling(hub: Hub, call: Call) -> Iterator[None]:
         yield
     finally:
         hub.call, hub.given = before
+
+
+def train_sites(hub: Hub, names: Sequence[str]) -> None:
+    """Puts only the modules of these adapters' sites in training mode: their dropout is on while the base's is off.
+
+    Norms with running statistics keep their mode: training would change the base.
+    """
+    for slot in hub.slots.values():
+        if slot.site.kind in ("linear", "conv", "embedding") and not slot.patches.keys().isdisjoint(names):
+            slot.module.training = True

@@ -1,6 +1,6 @@
 """Adapter folders: PEFT's two files with our card and heads beside them.
 
-adapter_config.json          PEFT's schema; ``peft_type`` is PEFT's own where PEFT has the form, else ours
+adapter_config.json          PEFT's schema; ``peft_type`` is PEFT's own where PEFT can apply the adapter, else ours
 adapter_model.safetensors    ``base_model.model.<path>.<tensor>``
 polytask.json                card, sites and the exact form
 heads.safetensors            task heads, where there are any
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,45 +21,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import peft_files
 from .adapter import Adapter, Card
 from .errors import AdapterError, StorageError, listing, nearest
 from .form import Form, Patch, forms
 from .head import Head
+from .peft_files import PREFIX
 from .site import Site
 
 CONFIG, WEIGHTS, CARD, HEADS = "adapter_config.json", "adapter_model.safetensors", "polytask.json", "heads.safetensors"
-PREFIX = "base_model.model."
+PICKLED = ("adapter_model.bin", "adapter_model.pt")
 FORMAT = 1
+MARK = "polytask"  # in the weights' metadata: the adapter's hash, which the card repeats
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
-    """Writes an adapter. Each file appears whole or not at all; the configuration comes last.
+    """Writes an adapter. A reader sees the old files or the new ones; when writing fails the old ones stay.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
     """
     from safetensors.torch import save as encode
 
-    weights: dict[str, Tensor] = {}
-    for path, patch in adapter.patches.items():
-        for name, parameter in patch.named_parameters():
-            weights[f"{PREFIX}{path}.{patch.keys.get(name, name)}"] = parameter.detach().cpu().contiguous()
+    config = peft_files.write_config(adapter)
+    sites = [patch.site for patch in adapter.patches.values()]
+    weights = {
+        _key(path, patch, name): parameter.detach()
+        for path, patch in adapter.patches.items()
+        for name, parameter in patch.named_parameters()
+    }
+    if config["target_parameters"]:
+        weights = peft_files.fold(weights, sites)
     heads = {
-        f"{task}/{name}": value.detach().cpu().contiguous()
+        f"{task}/{name}": value.detach()
         for task, head in adapter.heads.items()
         for name, value in head.state_dict().items()
     }
-    meta = {"format": "pt"}
+    card = _card(adapter)
+    meta = {"format": "pt", MARK: card["hash"]}
+    files = {WEIGHTS: encode(_apart(weights), meta)}
+    if heads:
+        files[HEADS] = encode(_apart(heads), meta)
+    files |= {CARD: _json(card), "README.md": _readme(adapter).encode(), CONFIG: _json(config)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / WEIGHTS, encode(weights, meta))
-        if heads:
-            write(folder / HEADS, encode(heads, meta))
-        else:
+        write_together(folder, files)
+        if not heads:
             (folder / HEADS).unlink(missing_ok=True)
-        write(folder / CARD, _json(_card(adapter)))
-        write(folder / "README.md", _readme(adapter).encode())
-        write(folder / CONFIG, _json(_config(adapter)))
     return folder
 
 
@@ -74,7 +83,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write(path: Path, data: bytes) -> None:
     """Writes to a temporary name and renames, so that a reader never sees half a file."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _beside(path, "part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -82,34 +91,63 @@ def write(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes several files of a folder, all or none: whatever can fail for lack of space comes before the first rename."""
+    parts = {name: _beside(folder / name, "part") for name in files}
+    olds = {name: _beside(folder / name, "old") for name in files}
+    replaced: list[str] = []
+    try:
+        for name, data in files.items():
+            parts[name].write_bytes(data)
+        for name in files:
+            if (folder / name).exists():
+                _keep(folder / name, olds[name])
+            os.replace(parts[name], folder / name)
+            replaced.append(name)
+    except BaseException:
+        for name in replaced:
+            with suppress(OSError):  # the first error is the one to tell
+                if olds[name].exists():
+                    os.replace(olds[name], folder / name)
+                else:
+                    (folder / name).unlink()
+        raise
+    finally:
+        for path in (*parts.values(), *olds.values()):
+            path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+
+
+def _keep(path: Path, old: Path) -> None:
+    """A second name for a file that is about to be replaced; a copy where the file system has no hard links."""
+    old.unlink(missing_ok=True)
+    try:
+        os.link(path, old)
+    except OSError:
+        old.write_bytes(path.read_bytes())
+
+
+def _key(path: str, patch: Patch, name: str) -> str:
+    return f"{PREFIX}{path}.{patch.keys.get(name, name)}".removesuffix(".")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and contiguous, as safetensors wants them; parameters that share memory are written each."""
+    seen: set[int] = set()
+    done = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        done[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return done
+
+
 def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-
-
-def _saved_values(adapter: Adapter) -> list[str]:
-    """Sites whose patch holds whole parameters beside the form proper: PEFT's ``modules_to_save``."""
-    return [s for s, p in adapter.patches.items() if type(p.form) is not type(adapter.form)]
-
-
-def _config(adapter: Adapter) -> dict[str, Any]:
-    extra = _saved_values(adapter)
-    own = {s: p for s, p in adapter.patches.items() if s not in extra}
-    form = adapter.form
-    kind = adapter.card.base.get("kind", "")
-    task = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}.get(kind)
-    return {
-        "peft_type": form.peft_type,
-        "task_type": adapter.card.base.get("task_type", task),
-        "base_model_name_or_path": adapter.card.base.get("name") or "unknown",
-        "revision": adapter.card.base.get("revision"),
-        "inference_mode": True,
-        "target_modules": [t for t in adapter.targets if t not in extra] or list(own),
-        "exclude_modules": None,
-        "modules_to_save": extra or None,
-        "auto_mapping": None,
-        "peft_version": "0.21.2",
-        **form.to_peft(own),
-    }
 
 
 def _card(adapter: Adapter) -> dict[str, Any]:
@@ -123,7 +161,7 @@ def _card(adapter: Adapter) -> dict[str, Any]:
         "format": FORMAT,
         "name": adapter.name,
         "form": {"name": adapter.form.name, **adapter.form.settings()},
-        "targets": list(adapter.targets),
+        "targets": list(adapter.short_targets),
         "sites": sites,
         "heads": {task: head.settings() for task, head in adapter.heads.items()},
         "hash": adapter.hash,
@@ -133,24 +171,17 @@ def _card(adapter: Adapter) -> dict[str, Any]:
 
 def _readme(adapter: Adapter) -> str:
     card = adapter.card
-    tasks = [str(t.get("name")) for t in card.tasks]
+    base = str(card.base.get("source") or card.base.get("name") or "unknown")
     front = {
-        "base_model": card.base.get("name") or "unknown",
-        "library_name": "peft" if adapter.form.in_peft else "polytask",
-        "tags": ["polytask", adapter.form.name, *tasks],
+        "base_model": base,
+        "library_name": "polytask" if peft_files.obstacles(adapter) else "peft",
+        "tags": [f"base_model:adapter:{base}", adapter.form.name, "polytask", *(str(t.get("name")) for t in card.tasks)],
         **({"license": card.licence.lower()} if card.licence else {}),
     }
-    lines = [
-        "---",
-        *[f"{k}: {json.dumps(v)}" for k, v in front.items()],
-        "---",
-        "",
-        f"# {adapter.name or 'adapter'}",
-        "",
-    ]
-    lines += [f"{adapter.form.name} adapter, {adapter.size:,} parameters at {len(adapter.patches)} sites.", ""]
-    for task, score in card.metrics.items():
-        lines.append(f"- {task}: {score}")
+    lines = ["---", *[f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in front.items()], "---", ""]
+    lines += [f"# {adapter.name or 'adapter'}", ""]
+    lines += [f"{adapter.form.name} adapter, {adapter.size:,} parameters at {len(adapter.patches)} sites of {base}.", ""]
+    lines += [f"- {task}: {score}" for task, score in card.metrics.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -158,21 +189,45 @@ def load(path: str | Path, *, revision: str | None = None, subfolder: str | None
     """Reads an adapter folder, ours or PEFT's; see `Adapter.load`."""
     folder = _folder(str(path), revision, subfolder)
     config = _read_json(folder / CONFIG)
-    if "peft_type" not in config:
-        if "model_class" in config or "config" in config:
-            raise AdapterError(f"{folder} is a folder of the AdapterHub library, whose files are not read yet")
-        raise AdapterError(f"{folder / CONFIG} has no peft_type, so it does not say what kind of adapter this is")
-    by_type = {kind.peft_type: kind for kind in forms.values()}
-    if config["peft_type"] not in by_type:
-        hint = nearest(str(config["peft_type"]), by_type)
-        raise AdapterError(
-            f"{folder / CONFIG}: the form {config['peft_type']!r} is not known{hint}; known are {listing(sorted(by_type))}"
-        )
-    tensors = _read_weights(folder)
+    kind = _kind(folder, config)
     ours = _read_json(folder / CARD) if (folder / CARD).is_file() else None
-    return (
-        _read_ours(folder, ours, tensors) if ours else _read_peft(folder, config, by_type[config["peft_type"]], tensors)
-    )
+    tensors, mark = _read_weights(folder)
+    foreign = config["peft_type"] == kind.peft_type and kind.in_peft
+    if ours is not None and not mark and foreign:
+        warnings.warn(
+            f"{folder}: the weights were written by another program than {CARD} beside them, so that file and the heads "
+            "are not used; delete it to be rid of this warning",
+            stacklevel=3,
+        )
+        ours = None
+    if ours is None and not foreign:
+        raise AdapterError(f"{folder} has no {CARD}, without which an adapter of the form {kind.name!r} is not complete")
+    if ours is not None and mark and mark != ours.get("hash"):
+        raise AdapterError(f"{folder}: {WEIGHTS} and {CARD} are of different saves (one was interrupted); save or copy it again")
+    try:
+        if ours is None:
+            return peft_files.read(folder, config, kind, tensors)
+        return _read_ours(folder, config, ours, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        file = folder / (CONFIG if ours is None else CARD)
+        raise AdapterError(f"{file} is damaged or not of this kind: {type(error).__name__} {error}") from error
+
+
+def _kind(folder: Path, config: Mapping[str, Any]) -> type[Form]:
+    """The form that a configuration names."""
+    name = config.get("peft_type")
+    if name is None:
+        if "model_class" in config or "architecture" in (config.get("config") or {}):
+            raise AdapterError(
+                f"{folder} was written by the AdapterHub library (adapters), whose files polytask does not read; it reads "
+                "those of PEFT and its own, so train the adapter again, or save a merged model with that library"
+            )
+        raise AdapterError(f"{folder / CONFIG} has no peft_type, so it does not say what kind of adapter this is")
+    by_type = {t: kind for kind in forms.values() for t in (kind.peft_type, peft_files.own_type(kind))}
+    if name not in by_type:
+        known = sorted(by_type)
+        raise AdapterError(f"{folder / CONFIG}: the form {name!r} is not known{nearest(str(name), known)}; known are {listing(known)}")
+    return by_type[name]
 
 
 def _folder(path: str, revision: str | None, subfolder: str | None) -> Path:
@@ -181,144 +236,113 @@ def _folder(path: str, revision: str | None, subfolder: str | None) -> Path:
     if (inside / CONFIG).is_file():
         return inside
     if local.exists():
-        found = sorted(p.parent.name for p in inside.glob(f"*/{CONFIG}")) if inside.is_dir() else []
+        found = sorted(p.parent.name for p in local.glob(f"*/{CONFIG}")) if local.is_dir() else []
         more = f"; its subfolders {listing(found)} are adapters (use subfolder=)" if found else ""
         raise AdapterError(f"{inside} has no {CONFIG}, so it is not an adapter folder{more}")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         near = nearest(local.name, [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else [])
         raise AdapterError(f"there is no adapter at {path!r}{near}; give a folder or a hub name such as 'org/adapter'")
+    return _from_hub(path, revision, subfolder)
+
+
+def _from_hub(name: str, revision: str | None, subfolder: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG, WEIGHTS, CARD, HEADS, *PICKLED)]
     try:
-        patterns = [f"{subfolder}/*" if subfolder else "*"]
-        got = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        got = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's errors share no base: no network, no such name, no right
         reason = str(error).strip().split("\n")[0]
-        raise AdapterError(f"{path!r} is no folder here, and could not be had from the hub: {reason}") from error
-    return got / subfolder if subfolder else got
+        raise AdapterError(
+            f"{name!r} is no folder here, and could not be had from the hub: {reason or type(error).__name__}. Check the name "
+            "and the network, or give the folder of a copy"
+        ) from error
+    folder = got / subfolder if subfolder else got
+    if not (folder / CONFIG).is_file():
+        where = f" in {subfolder!r}" if subfolder else ""
+        raise AdapterError(f"{name!r} on the hub has no {CONFIG}{where}, so it is not an adapter")
+    return folder
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise AdapterError(f"{file} holds {type(data).__name__} where an object is needed")
     return data
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file, and the hash that we left in it."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    file = folder / WEIGHTS
-    if file.is_file():
-        try:
-            return dict(load_file(file))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise AdapterError(f"{file} is damaged or not complete ({error}); copy or download it again") from error
-    for name in ("adapter_model.bin", "adapter_model.pt"):
-        if (folder / name).is_file():
-            try:
-                return dict(torch.load(folder / name, map_location="cpu", weights_only=True))
-            except Exception as error:  # pickle's errors share no base
-                raise AdapterError(f"{folder / name} could not be read as plain tensors: {error}") from error
-    raise AdapterError(f"{folder} has no {WEIGHTS}; the adapter is not complete")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            mark = str((opened.metadata() or {}).get(MARK, ""))
+        return dict(load_file(file)), mark
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is damaged or not complete ({error}); copy or download it again") from error
 
 
-def _read_ours(folder: Path, ours: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
+    if (folder / WEIGHTS).is_file():
+        return _read_tensors(folder / WEIGHTS)
+    file = next((folder / name for name in PICKLED if (folder / name).is_file()), None)
+    if file is None:
+        raise AdapterError(f"{folder} has no {WEIGHTS}; the adapter is not complete")
+    reason = "it does not hold tensors by name"
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
+            return tensors, ""
+    except Exception as error:  # pickle's errors share no base
+        reason = str(error).strip().split("\n")[0]
+        raise AdapterError(f"{file} is refused, because reading it would run code or it is damaged: {reason}") from error
+    raise AdapterError(f"{file} is refused: {reason}")
+
+
+def _read_ours(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
     if ours.get("format", 0) > FORMAT:
-        raise AdapterError(f"{folder / CARD} was written by a newer version of polytask; update to read it")
+        raise AdapterError(
+            f"{folder / CARD} was written by a newer version of polytask (format {ours['format']}; this one reads {FORMAT}); "
+            "update polytask to read it"
+        )
     form = Form.of(ours["form"])
-    by_path: dict[str, dict[str, Tensor]] = {}
+    described = [(Site.from_dict(entry), entry.get("form")) for entry in ours["sites"]]
+    if config.get("target_parameters"):
+        ranks = {site.name: getattr(Form.of(own) if own else form, "rank", 1) for site, own in described}
+        tensors, _ = peft_files.unfold(tensors, config["target_parameters"], ranks.__getitem__)
     patches: dict[str, Patch] = {}
-    described = [(Site.from_dict(dict(entry)), entry.get("form")) for entry in ours["sites"]]
+    known = 0
     for site, own in described:
         patch = (Form.of(own) if own else form).patch(site)
-        for name in patch._parameters:
-            key = f"{PREFIX}{site.name}.{patch.keys.get(name, name)}"
-            if key in tensors:
-                by_path.setdefault(site.name, {})[name] = tensors[key]
-        patch.load(by_path.get(site.name, {}))
+        keys = {name: _key(site.name, patch, name) for name in patch._parameters}
+        found = {name: tensors[key] for name, key in keys.items() if key in tensors}
+        patch.load(found)
+        known += len(found)
         patches[site.name] = patch
-    known = sum(len(found) for found in by_path.values())
     if known != len(tensors):
         raise AdapterError(f"{folder / WEIGHTS} has {len(tensors)} tensors, and {CARD} describes {known} of them")
-    heads = _read_heads(folder, ours.get("heads", {}))
+    heads = _read_heads(folder, ours)
     card = Card.from_dict(ours.get("card", {}))
     return Adapter(form, patches, heads, card, str(ours.get("name", "")), ours.get("targets", ()))
 
 
-def _read_heads(folder: Path, described: Mapping[str, Any]) -> dict[str, Head]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(folder / HEADS) if (folder / HEADS).is_file() else {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{folder / HEADS} is damaged or not complete ({error}); copy it again") from error
+def _read_heads(folder: Path, ours: Mapping[str, Any]) -> dict[str, Head]:
+    described: Mapping[str, Any] = ours.get("heads", {})
+    tensors, mark = _read_tensors(folder / HEADS) if (folder / HEADS).is_file() else ({}, "")
+    if mark and mark != ours.get("hash"):
+        raise AdapterError(f"{folder}: {HEADS} and {CARD} are of different saves; save or copy the adapter again")
     heads = {}
     for task, settings in described.items():
         head = Head.of(settings)
-        head.load_state_dict({k.removeprefix(f"{task}/"): v for k, v in tensors.items() if k.startswith(f"{task}/")})
+        own = {k.removeprefix(f"{task}/"): v for k, v in tensors.items() if k.startswith(f"{task}/")}
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise AdapterError(f"{folder / HEADS} does not fit the head of {task!r}: {error}") from error
         heads[task] = head
     return heads
-
-
-def _read_peft(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Mapping[str, Tensor]) -> Adapter:
-    found: dict[str, dict[str, Tensor]] = {}
-    embeddings: set[str] = set()
-    saved: dict[str, dict[str, Tensor]] = {}
-    names = config.get("modules_to_save") or []
-    for key, tensor in tensors.items():
-        path = key.removeprefix(PREFIX)
-        suffix = next((s for s in kind.tensor_names if path.endswith("." + s)), None)
-        if suffix is not None:
-            site = path[: -len(suffix) - 1]
-            found.setdefault(site, {})[kind.tensor_names[suffix]] = tensor
-            if "embedding" in suffix:
-                embeddings.add(site)
-            continue
-        owner, _, parameter = path.rpartition(".")
-        if parameter not in ("weight", "bias"):
-            raise AdapterError(f"{folder / WEIGHTS}: the tensor {key!r} is not one that the form {kind.name!r} has")
-        # saved beside the adapter: modules_to_save, or embeddings that were resized
-        if names and not any(owner == n or f".{n}." in f".{owner}." for n in names) and "embed" not in owner:
-            raise AdapterError(f"{folder / WEIGHTS}: {key!r} is in no module of modules_to_save {listing(names)}")
-        saved.setdefault(owner, {})[parameter] = tensor
-    patches: dict[str, Patch] = {}
-    for path, parts in found.items():
-        form = kind.from_peft(config, path)
-        try:
-            site = kind.infer_site(path, parts, {**config, "_embedding": path in embeddings})
-        except KeyError as error:
-            raise AdapterError(
-                f"{folder / WEIGHTS}: {path!r} lacks its tensor {error}; the file is not complete"
-            ) from error
-        patch = form.patch(site)
-        patch.load(parts)
-        patches[path] = patch
-    for path, parts in saved.items():
-        patches[path] = _saved_module(path, parts)
-    if not patches:
-        raise AdapterError(f"{folder / WEIGHTS} holds no tensor of the form {kind.name!r}")
-    base = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-    base["task_type"] = config.get("task_type")
-    targets = config.get("target_modules")
-    short = list(targets) if isinstance(targets, list) else []
-    return Adapter(kind.from_peft(config), patches, card=Card(base=base), name=folder.name, targets=short)
-
-
-def _saved_module(path: str, parts: Mapping[str, Tensor]) -> Patch:
-    """A patch with a module's new parameters, as PEFT's ``modules_to_save`` keeps them."""
-    weight = parts.get("weight")
-    if weight is None:
-        raise AdapterError(f"the saved module {path!r} has a bias and no weight; the file is not complete")
-    kind = {1: "norm", 2: "linear"}.get(weight.dim(), "conv")
-    if "embed" in path.rsplit(".", 1)[-1]:
-        kind = "embedding"
-    form = Form.of({"name": "full", "stored": "value"})
-    patch = form.patch(Site(path, kind, "other", tuple(weight.shape), bias="bias" in parts))
-    patch.load(parts)
-    return patch

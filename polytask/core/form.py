@@ -1,4 +1,4 @@
-"""The one equation: ``out = y + sum_n w_n * c_n(x, y)``. What an adapter contributes, and how several are applied together.
+"""The one equation: ``out = y + sum_n w_n * c_n(x, y)``. What an adapter contributes, and how several act together.
 
 Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapters chosen per row or token.
 """
@@ -58,11 +58,14 @@ class Weights:
         values: a tuple of N floats (the same for every input), or a tensor: [N], [B, N] or [B, T, N] when ``index`` is
             None, else [B, k] or [B, T, k].
         index: positions in ``names`` that ``values`` weigh, [B, k] or [B, T, k]; None means all N in order.
+        picks: for each row the names and weights that ``index`` and ``values`` hold, as plain values, where the mix knows
+            them without looking at the input; None else.
     """
 
     names: tuple[str, ...]
     values: tuple[float, ...] | Tensor
     index: Tensor | None = None
+    picks: tuple[tuple[tuple[str, float], ...], ...] | None = None
 
     @property
     def fixed(self) -> tuple[float, ...] | None:
@@ -168,8 +171,9 @@ def _trail(weight: Tensor, like: Tensor) -> Tensor:
 class Patch(nn.Module):
     """One adapter at one site.
 
-    A patch that is attached is a *bound* copy: it shares the parameters and sees the module it acts on as ``base``, so an
-    adapter can be attached to several models and attaching never changes it. Dropout follows the base's train/eval mode.
+    A patch that is attached is a *bound* copy: it shares the parameters and sees the module it acts on as ``base``, so
+    an adapter can be attached to several models and attaching never changes it. Dropout follows the base's train/eval
+    mode.
 
     Attributes:
         form: the settings it was built from.
@@ -202,7 +206,7 @@ class Patch(nn.Module):
         return out + (part if weight == 1.0 else weight * part).to(out.dtype)
 
     def delta(self) -> Tensor | None:
-        """The dense change of the site's weight, in the weight's own layout, or None where the patch is not linear in x."""
+        """The dense change of the site's weight, in the weight's own layout; None where it is not linear in x."""
         return None
 
     def deltas(self) -> dict[str, Tensor] | None:
@@ -267,9 +271,10 @@ class Form:
         name: what the field calls it (set by the decorator).
         kinds: the kinds of site it can act at.
         default_sites: the selector used when none is given.
-        acts: ``"output"`` adds to a module's output; ``"weight"`` prefers to change the weight that the module reads, which
-            saves a second product. Both give the same function.
+        acts: ``"output"`` adds to a module's output; ``"weight"`` prefers to change the weight that the module reads,
+            which saves a second product. Both give the same function.
         peft_type: the ``peft_type`` written into files: PEFT's own where PEFT has the form.
+        default_lr: the peak learning rate that suits it with AdamW.
         paper: the reference shown by ``polytask forms``.
     """
 
@@ -280,6 +285,7 @@ class Form:
     peft_type: ClassVar[str] = ""
     in_peft: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-3
     paper: ClassVar[str] = ""
 
     def patch(self, site: Site) -> Patch:
@@ -324,7 +330,7 @@ class Form:
             raise ConfigError(f"the form {kind.name!r} needs {listing(lacking)}")
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
-    # Files: how the settings are written to and read from ``adapter_config.json``. A form that PEFT has overrides these.
+    # Files: how the settings are written to and read from ``adapter_config.json``. A form that PEFT has overrides it.
 
     tensor_names: ClassVar[dict[str, str]] = {}  # a tensor's name in a file, after the site's path, to its parameter
 
@@ -340,7 +346,9 @@ class Form:
     @classmethod
     def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:
         """The site of a file's tensors where no card describes it. Raises `AdapterError` when the form cannot tell."""
-        raise AdapterError(f"the file does not say what kind of site {path!r} is, and the form {cls.name!r} cannot tell")
+        raise AdapterError(
+            f"the file does not say what kind of site {path!r} is, and the form {cls.name!r} cannot tell"
+        )
 
 
 forms: Registry[Form] = Registry("form", "polytask.forms")

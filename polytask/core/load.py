@@ -43,6 +43,7 @@ def _minilm() -> str:
 
 
 ALIASES: dict[str, Callable[[], str]] = {"minilm": _minilm}
+SOURCES = {"minilm": MINILM_HUB}
 
 
 def load_model(
@@ -81,6 +82,8 @@ def load_model(
     if looks_local and not (Path(place) / "config.json").is_file():
         raise ModelError(_missing(name, place))
     common = {"revision": revision} if revision else {}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(place, **common)
         auto = _auto_class(config, kind)
@@ -89,12 +92,15 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(_unreadable(name, error)) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     module.eval()
     if device is not None:
         module.to(device)
     processor = _processor(place, config, common)
     found = pooling or _saved_pooling(place)
-    return cls(module, processor, kind=kind, name=name, pooling=found)
+    return cls(module, processor, kind=kind, name=name, source=SOURCES.get(name, ""), pooling=found)
 
 
 def _missing(name: str, place: str) -> str:

@@ -44,14 +44,16 @@ class Mix(ABC):
         """
 
     def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
-        """The weights at a site where they do not depend on the input, else None. Weights that act on a parameter need them."""
+        """The weights at a site where they do not depend on the input, else None. What acts on a weight needs them."""
         return None
 
     def combine(self, slot: Slot, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         """The site's output. A mix that looks at the contributions themselves overrides this."""
         weights = self.weigh(slot.site, slot.names, x, y, call)
-        out = y
-        for bank in slot.banks(weights.names):
+        banks = slot.banks(weights.names)
+        # a bank may add in place where no gradients are recorded, and the next one still needs the base's own output
+        out = y if len(banks) < 2 or torch.is_grad_enabled() else y.clone()
+        for bank in banks:
             step = bank.apply if self.combines == "outputs" else bank.average
             out = step(x, y, out, weights, call)
         return out
@@ -60,7 +62,9 @@ class Mix(ABC):
         """Raises `MixError` when the mix names an adapter that is not attached."""
         for name in self.names():
             if name not in attached:
-                there = f"attached are: {listing(attached)}" if attached else "nothing is attached; call model.attach first"
+                there = (
+                    f"attached are: {listing(attached)}" if attached else "nothing is attached; call model.attach first"
+                )
                 raise MixError(f"no adapter {name!r} is attached{nearest(name, attached)}; {there}")
 
     @staticmethod
@@ -110,9 +114,7 @@ class Fixed(Mix):
         combines: ``"outputs"`` (the default) or ``"parameters"``.
     """
 
-    def __init__(
-        self, weights: Mapping[str, float], combines: Literal["outputs", "parameters"] = "outputs"
-    ) -> None:
+    def __init__(self, weights: Mapping[str, float], combines: Literal["outputs", "parameters"] = "outputs") -> None:
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.combines = combines  # type: ignore[misc]  # an instance may choose
         self._plans: dict[tuple[str, ...], Weights] = {}
@@ -138,8 +140,8 @@ class PerRow(Mix):
     """Each row of the batch has its own adapter, its own weighted adapters, or none.
 
     Args:
-        rows: one entry per row of the batch: an adapter's name, a mapping of names to weights, or None for the bare base.
-            While ``generate`` runs with beams, each entry serves all beams of its row.
+        rows: one entry per row of the batch: an adapter's name, a mapping of names to weights, or None for the bare
+            base. While ``generate`` runs with beams, each entry serves all beams of its row.
         combines: ``"outputs"`` (the default) or ``"parameters"``.
     """
 
@@ -157,16 +159,20 @@ class PerRow(Mix):
         self.combines = combines  # type: ignore[misc]  # an instance may choose
         self._names = tuple(dict.fromkeys(name for row in self.rows for name in row))
         self._plans: dict[tuple[tuple[str, ...], torch.device], Weights] = {}
+        self._fixed: dict[tuple[str, ...], dict[str, float] | None] = {}
 
     def names(self) -> tuple[str, ...]:
         return self._names
 
     def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
         if not site.rows or x.dim() < 2:
-            raise MixError(
-                f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot serve a "
-                "different adapter per row; leave it out of the adapters, or use one adapter at a time"
-            )
+            same = self.fixed(site, names)
+            if same is None:
+                raise MixError(
+                    f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot serve "
+                    "a different adapter per row; leave it out of the adapters, or use one adapter at a time"
+                )
+            return Weights(tuple(same), tuple(same.values()))
         key = (names, y.device)
         plan = self._plans.get(key)
         if plan is None:
@@ -174,19 +180,22 @@ class PerRow(Mix):
         return plan
 
     def _plan(self, names: tuple[str, ...], device: torch.device) -> Weights:
-        here = tuple(n for n in self._names if n in names)
+        there = set(names)
+        here = tuple(n for n in self._names if n in there)
         place = {n: i for i, n in enumerate(here)}
-        picked = [[(place[n], w) for n, w in row.items() if n in place] for row in self.rows]
-        k = max(1, max(len(row) for row in picked))
-        index = [[p for p, _ in row] + [0] * (k - len(row)) for row in picked]
-        values = [[w for _, w in row] + [0.0] * (k - len(row)) for row in picked]
-        return Weights(here, torch.tensor(values, device=device), torch.tensor(index, device=device))
+        picks = tuple(tuple((n, w) for n, w in row.items() if n in place) for row in self.rows)
+        k = max(1, max(len(row) for row in picks))
+        index = [[place[n] for n, _ in row] + [0] * (k - len(row)) for row in picks]
+        values = [[w for _, w in row] + [0.0] * (k - len(row)) for row in picks]
+        return Weights(here, torch.tensor(values, device=device), torch.tensor(index, device=device), picks)
 
     def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
-        first = self.rows[0]
-        if self.combines != "outputs" or any(row != first for row in self.rows):
+        if self.combines != "outputs":
             return None
-        return {n: w for n, w in first.items() if n in names}
+        if names not in self._fixed:
+            here = [{n: w for n, w in row.items() if n in names} for row in self.rows]
+            self._fixed[names] = here[0] if all(row == here[0] for row in here) else None
+        return self._fixed[names]
 
     def __repr__(self) -> str:
         return f"PerRow({len(self.rows)} rows of {listing(self._names, 4)})"

@@ -35,6 +35,7 @@ class Model:
         processor: its tokenizer or image processor, where it has one.
         kind: ``encoder``, ``causal``, ``seq2seq``, ``image``, ``audio`` or ``dual``; guessed when None.
         name: what it is called in cards: a hub name, a path or an alias.
+        source: what other libraries call it, where that differs (the hub name behind an alias).
         pooling: how one vector is made of an encoder's output: ``mean``, ``cls``, ``last``, or ``none`` when the module
             returns vectors; guessed when None.
         read_weights: a selector of linear, conv or embedding sites whose module is never called because another module
@@ -51,6 +52,7 @@ class Model:
         *,
         kind: ModelKind | None = None,
         name: str = "",
+        source: str = "",
         pooling: str | None = None,
         read_weights: Selector | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class Model:
         self.processor = processor
         self.kind: str = kind or guess_kind(module)
         self.name = name or str(getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__)
+        self.source = source or self.name
         self.pooling = pooling or guess_pooling(module, self.kind)
         self._hub: Hub = module.__dict__.get(HUB) or Hub()
         self._sites: list[Site] | None = None

@@ -1,12 +1,12 @@
 """The selector language: which sites, said apart from what acts there.
 
-    linear                      every linear layer of the blocks (not heads, poolers, routers)
-    query | value               roles;  attention, mlp  are groups of roles
-    kind:linear  role:up        one of the two, where a word could be both
-    depth>=0.5                  fraction of the stack;  layer in 0..3,  layer==2  count blocks
-    re:layer\\.[01]\\..*dense     a regular expression found in the site's name (ends at a space, or quote it)
-    encoder.layer.0             a path and all below it;  q_proj  the end of a path
-    a & b   a | b   !a   (a)    and, or, not
+linear                      every linear layer of the blocks (not heads, poolers, routers)
+query | value               roles;  attention, mlp  are groups of roles
+kind:linear  role:up        one of the two, where a word could be both
+depth>=0.5                  fraction of the stack;  layer in 0..3,  layer==2  count blocks
+re:layer\\.[01]\\..*dense     a regular expression found in the site's name (ends at a space, or quote it)
+encoder.layer.0             a path and all below it;  q_proj  the end of a path
+a & b   a | b   !a   (a)    and, or, not
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_GRAMMAR = {"depth", "layer", "in", "kind", "role", "re"}
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -56,9 +57,15 @@ def select(sites: Sequence[Site], selector: Selector) -> list[Site]:
         picked = [site for site in sites if any(test(site) for test in tests)]
         text = " | ".join(expressions)
     if not picked:
-        words = {w for site in sites for w in (site.role, site.kind, site.name.rsplit(".", 1)[-1])} | set(GROUPS)
-        raise SiteError(f"no site matches {text!r}{nearest(text, words)}; this model has {describe(sites)}")
+        raise SiteError(f"no site matches {text!r}{_hint(text, sites)}; this model has {describe(sites)}")
     return picked
+
+
+def _hint(text: str, sites: Sequence[Site]) -> str:
+    """The word nearest to the first one of an expression that is no word of this model."""
+    words = {w for site in sites for w in (site.role, site.kind, site.name.rsplit(".", 1)[-1])} | set(GROUPS)
+    said = [word for word in re.findall(r"(?<![\w:])[\w.]+", text) if word not in words | _GRAMMAR]
+    return next((hint for hint in (nearest(word, words) for word in said) if hint), "")
 
 
 def describe(sites: Sequence[Site]) -> str:
@@ -139,18 +146,28 @@ def _tokens(expression: str) -> list[str]:
 
 def _atom(token: str) -> Test:
     if token.startswith("re:"):
-        return _regex(token[3:].strip("\"'"))
+        return _regex(token[3:].strip("\"'"))  # quotes only protect spaces
     if match := re.fullmatch(r"layer\s+in\s+(\d+)\s*\.\.\s*(\d+)", token):
         low, high = int(match[1]), int(match[2])
         return lambda site: site.layer is not None and low <= site.layer <= high
     if match := re.fullmatch(r"(depth|layer)\s*(>=|<=|==|!=|>|<)\s*([\d.]+)", token):
-        return _comparison(match[1], _COMPARE[match[2]], float(match[3]))
-    prefix, _, word = token.partition(":")
-    if prefix == "kind" and word:
-        return lambda site: site.kind == word
-    if prefix == "role" and word:
-        return lambda site: site.role == word
-    return _word(token)
+        return _comparison(match[1], _COMPARE[match[2]], _number(match[3], token))
+    prefix, colon, word = token.partition(":")
+    if not colon:
+        return _word(token)
+    allowed = {"kind": KINDS, "role": (*ROLES, "attention", "block", "input")}.get(prefix)
+    if allowed is None:
+        raise SiteError(f"the selector's {token!r} has an unknown prefix; there are: kind:, role:, re:")
+    if word not in allowed:
+        raise SiteError(f"no {prefix} is called {word!r}{nearest(word, allowed)}; there are: {listing(allowed, 40)}")
+    return lambda site: getattr(site, prefix) == word
+
+
+def _number(text: str, token: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SiteError(f"the selector's {token!r} does not end in a number") from error
 
 
 def _comparison(field: str, compare: Callable[[float, float], bool], bound: float) -> Test:
@@ -162,6 +179,8 @@ def _comparison(field: str, compare: Callable[[float, float], bool], bound: floa
 
 
 def _regex(pattern: str) -> Test:
+    if not pattern:
+        raise SiteError("the selector has 're:' without a regular expression; write re:query or re:\"a b\"")
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -22,8 +22,8 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(value|v_proj|v_lin|value_proj|v|v_proj_weight|wv)$", "value"),
     (r"(kv|kv_proj)$", "key_value"),
     (r"(pos_key_proj|pos_query_proj)$", "position"),
-    (r"(attn|attention)\.c_proj$", "attn_out"),
-    (r"(?i:attn|attention)\w*\.(output\.dense|dense|out_lin|out_proj|o_proj|o|proj|to_out\.0|wo)$", "attn_out"),
+    (r"\w*(attn|attention)\.c_proj$", "attn_out"),
+    (r"\w*(?i:attn|attention)\w*\.(output\.dense|dense|out_lin|out_proj|o_proj|o|proj|to_out\.0|wo)$", "attn_out"),
     (r"gate_up_proj$", "gate_up"),
     (r"(gate_proj|wi_0|experts\.\d+\.w1|feed_forward\.w1)$", "gate"),
     (r"(mlp|moe|block_sparse_moe)\.(gate|router)(\.weight)?$|router(\.\w+)?$", "router"),
@@ -34,7 +34,10 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(relative_position_bias_table)$", "position"),
     (r"token_type_embeddings$", "type"),
     (r"(patch_embeddings\.projection|patch_embedding|patch_embed\.proj)$", "patch"),
-    (r"(projection|text_projection|embeddings_project|embedding_hidden_mapping_in|project_in|project_out)$", "projection"),
+    (
+        r"((text_|visual_)?projection|embeddings_project|embedding_hidden_mapping_in|project_in|project_out)$",
+        "projection",
+    ),
     (r"reduction$", "projection"),
 )
 _ROLE_PATTERNS = tuple((re.compile(r"(^|\.)" + f"(?:{pattern})"), role) for pattern, role in _ROLES)
@@ -53,7 +56,7 @@ class Site:
     """A named place where an adapter can act.
 
     Attributes:
-        path: the module's path in the model (the shortest one where a module is shared).
+        path: the module's path in the model (the first one where a module is shared).
         kind: what the module is; see `KINDS`.
         role: what it does in its block (``query``, ``up``, ``token``, ...), ``other`` where unknown.
         shape: the weight's shape as it is stored; empty for blocks, attention modules and the input.
@@ -62,8 +65,8 @@ class Site:
         param: the parameter's name where the site is one raw parameter of its module, else empty.
         transposed: the weight is stored [d_in, d_out] (GPT-2's ``Conv1D``).
         read: ``"call"`` when the module is called, ``"weight"`` when its weight is read by somebody else.
-        rows: whether the first dimension of what the site sees is the batch (False for gathered tokens of an expert and
-            for sequence-first layers).
+        rows: whether the first dimension of what the site sees is the batch (False for gathered tokens of an expert,
+            for tables of relative positions and for sequence-first layers).
     """
 
     path: str
@@ -106,7 +109,8 @@ class Site:
     def from_dict(cls, data: dict[str, Any]) -> Site:
         """The reverse of ``as_dict``."""
         known = {f.name for f in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        return cls(**values)
 
 
 def role_of(name: str, kind: str = "linear") -> str:
@@ -131,14 +135,18 @@ def find_sites(root: nn.Module) -> list[Site]:
         for kind, param, shape, transposed, read in _describe(root, path, module, stacks):
             name = f"{path}.{param}" if param else path
             bias = not param and module._parameters.get("bias") is not None
-            found.append(Site(path, kind, role_of(name, kind), shape, layer, depth, param, transposed, read, rows, bias))
+            found.append(
+                Site(path, kind, role_of(name, kind), shape, layer, depth, param, transposed, read, rows, bias)
+            )
     return found
 
 
 _Description = tuple[str, str, tuple[int, ...], bool, str]
 
 
-def _describe(root: nn.Module, path: str, module: nn.Module, stacks: dict[str, tuple[int, int]]) -> Iterator[_Description]:
+def _describe(
+    root: nn.Module, path: str, module: nn.Module, stacks: dict[str, tuple[int, int]]
+) -> Iterator[_Description]:
     if path == "":
         yield "input", "", (), False, "call"
     if path in stacks:
@@ -148,7 +156,7 @@ def _describe(root: nn.Module, path: str, module: nn.Module, stacks: dict[str, t
     if kind and weight is not None:
         yield kind, "", weight, type(module).__name__ == "Conv1D", _how_read(root, path)
         return
-    if isinstance(module, nn.MultiheadAttention) or re.search(r"Attention$", type(module).__name__):
+    if _is_attention(module) and not any(_is_attention(m) for m in module.modules() if m is not module):
         yield "attention", "", (), False, "call"
     for name, parameter in module._parameters.items():
         if parameter is None or ".parametrizations." in f".{path}.":
@@ -157,6 +165,10 @@ def _describe(root: nn.Module, path: str, module: nn.Module, stacks: dict[str, t
         projection = isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2
         fused = parameter.dim() == 3 and "expert" in f"{type(module).__name__} {path}".lower()
         yield "linear" if projection else "experts" if fused else "parameter", name, shape, False, "weight"
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("Attention")
 
 
 def _leaf_kind(module: nn.Module) -> str:
@@ -195,14 +207,39 @@ def _parents(root: nn.Module, path: str) -> Iterator[nn.Module]:
 
 def _how_read(root: nn.Module, path: str) -> str:
     """``weight`` for modules whose owner reads their weight and does not call them, or not always."""
-    owner = next(reversed(list(_parents(root, path))), None)
-    return "weight" if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) else "call"
+    *_, owner, module = [None, *_parents(root, path), root.get_submodule(path)]
+    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer) or path.endswith("rel_embeddings"):
+        return "weight"
+    # a table of positions with a forward of its own (BART, OPT, Whisper) computes what it looks up: x is not the index
+    own = isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward
+    return "weight" if own and not hasattr(module, "embed_scale") else "call"
 
 
 def _sees_rows(root: nn.Module, path: str) -> bool:
-    if "experts" in path.split(".")[:-1]:
+    *above, name = path.split(".")
+    if "experts" in above or name == "relative_attention_bias":
         return False
-    return all(getattr(parent, "batch_first", True) for parent in _parents(root, path))
+    parents = list(_parents(root, path))
+    owner = type(parents[-1]).__name__ if parents else ""
+    # DeBERTa pushes its table of relative positions through these
+    if re.match(r"Disentangled\w*Attention", owner) and (
+        name.startswith("pos_") or (name in ("query_proj", "key_proj") and getattr(parents[-1], "share_att_key", False))
+    ):
+        return False
+    if re.match(r"Deberta\w*Encoder$", owner) and name in ("LayerNorm", "rel_embeddings"):
+        return False
+    # a torch layer keeps the flag in its attention
+    inside = [m for parent in parents for m in (parent.modules() if isinstance(parent, _TORCH_LAYERS) else (parent,))]
+    return all(getattr(module, "batch_first", True) for module in inside)
+
+
+_TORCH_LAYERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 def _stacks(root: nn.Module) -> dict[str, tuple[int, int]]:

@@ -55,13 +55,16 @@ def build(source: Any, name: str | None, skip_bad_rows: bool, overrides: Mapping
     texts = ("instruction", "metric", "description", "licence")
     return {
         **{key: said.get(key, "") for key in texts},
-        **{"name": task_name, "kind": kind, "train": train, "dev": dev, "test": test, "labels": labels},
-        **{
-            "inputs": columns.inputs,
-            "target": columns.target,
-            "modality": said.get("modality", "text"),
-            "notes": notes,
-        },
+        "name": task_name,
+        "kind": kind,
+        "train": train,
+        "dev": dev,
+        "test": test,
+        "labels": labels,
+        "inputs": columns.inputs,
+        "target": columns.target,
+        "modality": said.get("modality", "text"),
+        "notes": notes,
     }
 
 

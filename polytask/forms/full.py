@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Full(Form):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
     acts: ClassVar[str] = "weight"
+    default_lr: ClassVar[float] = 1e-4
     peft_type: ClassVar[str] = "POLYTASK_FULL"
     paper: ClassVar[str] = "fine-tuning"
     tensor_names: ClassVar[dict[str, str]] = {"delta.weight": "weight", "delta.bias": "bias", "delta": "value"}
@@ -73,17 +74,33 @@ class FullPatch(Patch):
         if form.parameters != "bias":
             self._hold("weight", site.shape, "delta.weight")
         if form.parameters != "weight" and site.bias:
-            self._hold("bias", (site.d_out if site.kind == "linear" else site.shape[0],), "delta.bias")
+            width = site.shape if site.kind == "norm" else (site.d_out if site.kind == "linear" else site.shape[0],)
+            self._hold("bias", width, "delta.bias")
 
     def _hold(self, name: str, shape: tuple[int, ...], key: str) -> None:
         self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.keys = {**self.keys, name: key if self.form.stored == "delta" else name}
+        own = "" if self.site.param else name  # a raw parameter's name is its site's already
+        self.keys = {**self.keys, name: key if self.form.stored == "delta" else own}
+
+    def misfit(self, site: Site) -> str:
+        """The shape as stored decides: a file of PEFT's does not say whether [a, b] is a linear layer's or an embedding's."""
+        mine = self.site.shape
+        return "" if mine == site.shape else f"it was made for a weight of shape {mine}, and the model's is {site.shape}"
 
     def start(self, generator: torch.Generator) -> None:
         """Zero for a change; for stored values there is nothing to start from but the base, so they need `load`."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
+
+    def bound(self, base: nn.Module, site: Site) -> Self:
+        for name in self._parameters:
+            if base._parameters.get(site.param or name) is None:
+                raise AdapterError(
+                    f"{site.param or name} of {site.path!r} is computed (a parametrisation) or missing, so a Full change cannot "
+                    "act on it; leave the site out, or use a form that acts on outputs"
+                )
+        return super().bound(base, site)
 
     def deltas(self) -> dict[str, Tensor]:
         changes = {}
@@ -101,6 +118,8 @@ class FullPatch(Patch):
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         base = self._base()
+        if getattr(base, "max_norm", None) is not None:
+            raise AdapterError(f"the embedding {self.site.name!r} has max_norm, with which its weight cannot be split into a sum")
         if self.site.read == "weight":
             raise AdapterError(f"site {self.site.name!r} is read and not called; a Full change acts on its weight there")
         stored = {n: p for n, p in base._parameters.items() if p is not None}
@@ -134,6 +153,6 @@ class _Plain(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x)
+        out: Tensor = self.inner.forward(x)  # past the base's hooks, which have seen this call
         return out
 

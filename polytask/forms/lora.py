@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.errors import AdapterError, ConfigError
+from polytask.core.errors import AdapterError, ConfigError, listing
 from polytask.core.form import NO_CALL, Bank, Call, Form, Patch, Weights, forms, per_row
 from polytask.core.site import Site
 
@@ -89,18 +90,25 @@ class LoRA(Form):
         return ""
 
     def to_peft(self, patches: Mapping[str, Patch]) -> dict[str, Any]:
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         own: dict[str, LoRA] = {path: p.form for path, p in patches.items() if isinstance(p.form, LoRA)}
-        if len({f.scaling for f in own.values()} | {self.scaling}) > 1:
-            raise AdapterError("PEFT's format has one scaling for all sites, and this adapter mixes classic and rank-stabilised")
-        alphas = {path: 2.0 * f.rank if f.alpha is None else f.alpha for path, f in own.items()}
+        stable = {f.scaling for f in own.values()} | {self.scaling} == {"rank-stabilised"}
+
+        def alpha(form: LoRA) -> float:
+            """PEFT has one scaling for all sites: where both occur, the classic one with the alpha that gives the scale."""
+            classic = form.scaling == "rank-stabilised" and not stable
+            value = form.scale * form.rank if classic else 2.0 * form.rank if form.alpha is None else form.alpha
+            return int(value) if value == int(value) else value
+
+        # a pattern is matched against the end of a path, so one that is the end of another's says that it is the whole
+        ends = {path[match.end() :] for path in own for match in re.finditer(r"\.", path)}
+        keys = {path: f"^{path}" if path in ends else path for path in own}
         return {
             "r": self.rank,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.scaling == "rank-stabilised",
-            "rank_pattern": {path: f.rank for path, f in own.items() if f.rank != self.rank},
-            "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+            "lora_alpha": alpha(self),
+            "lora_dropout": 0.0 if any(p.site.kind == "experts" for p in patches.values()) else self.dropout,
+            "use_rslora": stable,
+            "rank_pattern": {keys[path]: f.rank for path, f in own.items() if f.rank != self.rank},
+            "alpha_pattern": {keys[path]: alpha(f) for path, f in own.items() if alpha(f) != alpha(self)},
             "fan_in_fan_out": any(p.site.transposed for p in patches.values()),
             "init_lora_weights": True,
             "bias": "none",
@@ -108,20 +116,13 @@ class LoRA(Form):
             "lora_bias": False,
             "layers_to_transform": None,
             "layers_pattern": None,
-            "target_parameters": None,
         }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], path: str = "") -> LoRA:
         """The form at one site of a PEFT adapter. Raises `AdapterError` for what plain LoRA cannot express."""
-        for key, why in (("use_dora", "DoRA"), ("lora_bias", "a bias in B"), ("target_parameters", "raw parameters")):
-            if config.get(key):
-                raise AdapterError(f"this PEFT adapter uses {why} ({key}), which the form 'lora' does not have")
-        if config.get("bias", "none") != "none":
-            raise AdapterError(
-                f"this PEFT adapter also trained biases (bias={config['bias']!r}), which the form 'lora' does not have; "
-                "merge it with PEFT's merge_and_unload, or train it again with bias='none'"
-            )
+        if not path:
+            _check_peft(config)
         rank = _pattern(config.get("rank_pattern") or {}, path, config.get("r", 8))
         return cls(
             rank=int(rank),
@@ -134,6 +135,14 @@ class LoRA(Form):
     def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:
         """The site of a file's tensors, for files that do not describe it."""
         A, B = tensors["A"], tensors["B"]
+        if config.get("_experts"):
+            module, _, param = path.rpartition(".")
+            return Site(module, "experts", "other", (A.shape[0], B.shape[1], A.shape[2]), param=param, read="weight")
+        if A.dim() > 2 and A.shape[0] != B.shape[1]:
+            raise AdapterError(
+                f"PEFT's LoRA of the grouped convolution {path!r} mixes the groups, which no change of its weight does; "
+                "leave grouped convolutions out of target_modules"
+            )
         if A.dim() > 2:
             return Site(path, "conv", "other", (B.shape[0], *A.shape[1:]))
         if config.get("_embedding"):
@@ -141,6 +150,45 @@ class LoRA(Form):
         if config.get("fan_in_fan_out"):
             return Site(path, "linear", "other", (A.shape[1], B.shape[0]), transposed=True)
         return Site(path, "linear", "other", (B.shape[0], A.shape[1]))
+
+
+_ELSE = {  # PEFT's settings that make it another function
+    "use_dora": "DoRA", "lora_bias": "a bias in B", "use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing", "use_bdlora": "block-diagonal LoRA", "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA", "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained tokens",
+}  # fmt: skip
+_PLAIN = {  # and those that do not matter once it is trained, or that are read elsewhere
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules",
+    "modules_to_save", "auto_mapping", "peft_version", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
+    "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "bias", "layers_to_transform", "layers_pattern",
+    "target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+
+
+def _check_peft(config: Mapping[str, Any]) -> None:
+    for key, why in _ELSE.items():
+        if config.get(key):
+            raise AdapterError(f"this PEFT adapter uses {why} ({key}), which the form 'lora' does not have")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"this PEFT adapter also trained biases (bias={config['bias']!r}), which the form 'lora' does not have; "
+            "merge it with PEFT's merge_and_unload, or train it again with bias='none'"
+        )
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"this PEFT adapter was started with init_lora_weights={start!r}, which changes the base's own weights; save it "
+            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+        )
+    unknown = sorted(key for key, value in config.items() if value and key not in _PLAIN and key not in _ELSE)
+    if unknown:
+        warnings.warn(
+            f"settings of this PEFT adapter that polytask does not know are ignored: {listing(unknown)}; if they change what "
+            "it computes, its outputs will differ",
+            stacklevel=2,
+        )
 
 
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -152,28 +200,36 @@ def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 class LoRABank(Bank):
-    """Several LoRAs at once: factors side by side for the whole batch or per token, gathered per row for `PerRow`."""
+    """Several LoRAs at once: factors side by side for the whole batch or per token, stacked for the rows of a batch."""
 
     def __init__(self, patches: Mapping[str, Patch]) -> None:
         super().__init__(patches)
-        self._kept: tuple[Weights, tuple[int, ...], tuple[Tensor, Tensor]] | None = None
+        own = self.patches.values()
+        self._plain = all(
+            # a subclass that computes something else is served by the loop over its own `add` and `contribute`
+            p.site.kind == "linear" and (type(p).add, type(p).contribute) == (LoRAPatch.add, LoRAPatch.contribute)
+            for p in own
+        )
+        self._dropouts = [p for p in own if p.form.dropout]
+        self._tensors = [t for p in own for t in (p.A, p.B)]
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
     def apply(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
         if not self._fast or (weights.fixed is not None and len(self.patches) == 1):
             return super().apply(x, y, out, weights, call)
+        if weights.picks is not None:
+            return self._picked(x, out, weights.picks)
         if weights.index is not None and weights.values.dim() == 2:  # type: ignore[union-attr]
-            return self._rows(x, out, weights)
-        A, B, owner = self._side_by_side(x.dtype)
-        h = F.linear(x, A)  # [..., R]
+            return self._indexed(x, out, weights)
         if weights.fixed is not None:
-            scale = torch.tensor([_weight_of(weights, name) for name in self.patches], dtype=h.dtype, device=h.device)
-        else:
-            dense = weights.dense()
-            columns = [weights.names.index(name) for name in self.patches]
-            scale = dense[..., columns].to(h.dtype)  # [N], [B, N] or [B, T, N]
-            if scale.dim() == 2:
-                scale = scale.reshape(scale.shape[0], *[1] * (h.dim() - 2), scale.shape[1])
-        return out + F.linear(h * scale[..., owner], B).to(out.dtype)
+            A, B = self._keep("fixed", (weights.fixed, out.dtype, out.device), lambda: self._fixed(weights, out.dtype))
+            return _plus(out, F.linear(x.to(A.dtype), A), B)
+        A, B, owner = self._keep("side by side", (out.dtype, out.device), lambda: self._side_by_side(out.dtype))
+        h = F.linear(x.to(A.dtype), A)  # [..., R]
+        scale = weights.dense()[..., [weights.names.index(name) for name in self.patches]]  # [N], [B, N] or [B, T, N]
+        if scale.dim() == 2:
+            scale = scale.reshape(scale.shape[0], *[1] * (h.dim() - 2), scale.shape[1])
+        return _plus(out, h * scale[..., owner].to(h.dtype), B)
 
     def average(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
         if not self._fast or len({p.form.rank for p in self.patches.values()}) > 1:
@@ -193,12 +249,32 @@ class LoRABank(Bank):
         return out + torch.einsum("btn,nor,btr->bto", dense, B, h)
 
     def forget(self) -> None:
-        self._kept = None
+        self._kept = {}
 
     @property
     def _fast(self) -> bool:
-        patches = self.patches.values()
-        return all(p.site.kind == "linear" and not (p.form.dropout and p.dropping) for p in patches)
+        return self._plain and not any(p.dropping for p in self._dropouts)
+
+    def _keep(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, from the last time while neither the key nor the adapters have changed."""
+        tensors = self._tensors
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return make()
+        try:
+            key = (key, torch.is_inference_mode_enabled(), [t._version for t in tensors])
+        except RuntimeError:  # made in inference mode: such tensors do not say when they change
+            return make()
+        kept = self._kept.get(what)
+        if kept is None or kept[0] != key:
+            kept = self._kept[what] = (key, make())
+        return kept[1]
+
+    def _fixed(self, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A of the adapters with a weight as [R, i], and w*s*B as [o, R]."""
+        pairs = zip(weights.names, weights.fixed or (), strict=True)
+        used = [(self.patches[name], weight) for name, weight in pairs if name in self.patches]
+        A = torch.cat([p.A for p, _ in used])
+        return A.to(dtype), torch.cat([p.B * (w * p.form.scale) for p, w in used], 1).to(dtype)
 
     def _side_by_side(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """All A as [R, i], all s*B as [o, R], and which adapter each of the R ranks belongs to."""
@@ -208,44 +284,147 @@ class LoRABank(Bank):
         ranks = torch.tensor([p.form.rank for p in patches], device=A.device)
         return A, B, torch.repeat_interleave(torch.arange(len(patches), device=A.device), ranks)
 
-    def _rows(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
-        """Each row its own factors: two batched products over [B, T, i] x [B, i, R] x [B, R, o]."""
-        rows = weights.values.shape[0]  # type: ignore[union-attr]
+    def _picked(self, x: Tensor, out: Tensor, picks: Picks) -> Tensor:
+        """Each row its own adapters, known beforehand.
+
+        Stacked factors cost memory traffic, moved rows cost it too: with fewer tokens per row than ranks, rows of the
+        same adapters are brought together and share a stacked copy; with more, each row gets its own and stays there.
+        """
+        x, out, _ = per_row(x, out, len(picks), next(iter(self.patches.values())).site.name)
+        short = x.numel() // (len(picks) * x.shape[-1]) < max(p.form.rank for p in self.patches.values())
+        key = (picks, short, out.dtype, out.device)
+
+        def make() -> tuple[_Layout, tuple[Tensor, Tensor, float | Tensor] | None]:
+            layout = _lay_out(picks, tuple(self.patches), short, out.device)
+            return layout, self._stacked(layout.chunks, out.dtype) if layout.keep and any(layout.chunks) else None
+
+        layout, factors = self._keep("picked", key, make)
+        if not any(layout.chunks):
+            return out
+        A, B, scale = factors or self._stacked(layout.chunks, out.dtype)
+        return _batched(x, out, A, B, scale, layout)
+
+    def _stacked(self, chunks: Picks, dtype: torch.dtype) -> tuple[Tensor, Tensor, float | Tensor]:
+        """For G chunks of rows with up to k adapters: A [G, k*r, i], B [G, k*r, o], and w*s, a number or [G, 1, k*r]."""
+        first = next(iter(self.patches.values()))
+        rank, k = max(p.form.rank for p in self.patches.values()), max(len(chunk) for chunk in chunks)
+        zero_a = first.A.new_zeros(()).expand(rank, first.A.shape[1])
+        zero_b = first.B.new_zeros(()).expand(first.B.shape[0], rank)
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        factors: list[float | None] = []  # None where there is no adapter: its factors are zero
+        for chunk in chunks:
+            for name, weight in chunk:
+                patch = self.patches[name]
+                left.append(_pad(patch.A, rank, 0))
+                right.append(_pad(patch.B, rank, 1))
+                factors.append(weight * patch.form.scale)
+            lacking = k - len(chunk)
+            left += [zero_a] * lacking
+            right += [zero_b] * lacking
+            factors += [None] * lacking
+        A = torch.stack(left).to(dtype).view(len(chunks), k * rank, -1)
+        if k == 1:
+            B = torch.stack(right).to(dtype).transpose(1, 2)
+        else:
+            B = torch.stack([b.t() for b in right]).to(dtype).view(len(chunks), k * rank, -1)
+        distinct = {f for f in factors if f is not None}
+        if len(distinct) == 1:
+            return A, B, distinct.pop()
+        scale = torch.tensor([f or 0.0 for f in factors], dtype=dtype, device=A.device)
+        return A, B, scale.repeat_interleave(rank).view(len(chunks), 1, -1)
+
+    def _indexed(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
+        """Each row its own adapters, chosen by a router: the factors are gathered by index."""
+        rows, k = weights.values.shape  # type: ignore[union-attr]
         x, out, _ = per_row(x, out, rows, next(iter(self.patches.values())).site.name)
-        A, B = self._gathered(weights, x.dtype)
-        h = torch.bmm(x.reshape(rows, -1, x.shape[-1]), A)  # [B, T, R]
-        flat = out.reshape(rows, -1, out.shape[-1])
-        if torch.is_grad_enabled() or flat.data_ptr() != out.data_ptr():
-            return torch.baddbmm(flat, h, B).view(out.shape)
-        return flat.baddbmm_(h, B).view(out.shape)
 
-    def _gathered(self, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A of each row as [B, i, R] and w*s*B as [B, R, o], kept while neither the mix nor the adapters change."""
-        grad = torch.is_grad_enabled() and any(p.A.requires_grad for p in self.patches.values())
-        versions = () if grad else tuple(t._version for p in self.patches.values() for t in (p.A, p.B))
-        if not grad and self._kept is not None and self._kept[0] is weights and self._kept[1] == versions:
-            kept = self._kept[2]
-            if kept[0].dtype == dtype:
-                return kept
-        most = max(p.form.rank for p in self.patches.values())
-        A = torch.stack([_pad(p.A, most, 0) for p in self.patches.values()])  # [N, r, i]
-        B = torch.stack([_pad(p.B * p.form.scale, most, 1) for p in self.patches.values()])  # [N, o, r]
-        names = list(self.patches)
-        place = torch.tensor([names.index(n) if n in self.patches else -1 for n in weights.names], device=A.device)
-        index = place[weights.index]  # type: ignore[index]  # [B, k]
-        values = torch.where(index >= 0, weights.values, 0.0)  # type: ignore[arg-type]  # another bank's adapters
-        index = index.clamp(min=0)
-        rows, k = index.shape
-        left = A[index].reshape(rows, k * most, -1)  # [B, R, i]
-        right = (B[index] * values[..., None, None].to(B.dtype)).movedim(3, 2).reshape(rows, k * most, -1)  # [B, R, o]
-        pair = (left.to(dtype).transpose(1, 2), right.to(dtype))
-        if not grad:
-            self._kept = (weights, versions, pair)
-        return pair
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            chunks = (*[((name, 1.0),) for name in self.patches], ())  # the last one is zero, for other banks' adapters
+            A, B, scale = self._stacked(chunks, out.dtype)
+            places = {name: i for i, name in enumerate(self.patches)}
+            place = [places.get(name, len(places)) for name in weights.names]
+            return A, B * scale, torch.tensor(place, device=out.device)
+
+        # [N + 1, r, i], [N + 1, r, o], [N]
+        A, B, place = self._keep("indexed", (weights.names, out.dtype, out.device), make)
+        index = place[weights.index]  # [B, k]
+        values: Tensor = weights.values  # type: ignore[assignment]
+        scale = values.to(out.dtype).repeat_interleave(A.shape[1], 1)[:, None]  # [B, 1, k*r]
+        return _batched(x, out, A[index].flatten(1, 2), B[index].flatten(1, 2), scale, _Layout(()))
 
 
-def _weight_of(weights: Weights, name: str) -> float:
-    return weights.values[weights.names.index(name)] if name in weights.names else 0.0  # type: ignore[return-value]
+Picks = tuple[tuple[tuple[str, float], ...], ...]  # for each row (or chunk of rows) the adapters and their weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the B rows of a batch lie in a batched product: in G chunks of ``size`` rows that have the same adapters."""
+
+    chunks: Picks
+    order: Tensor | None = None  # [G * size], the row at each place; None where the rows lie so already
+    back: Tensor | None = None  # [B], the place of each row
+    keep: bool = True  # whether the stacked factors are few enough to be kept
+
+
+def _lay_out(picks: Picks, names: tuple[str, ...], short: bool, device: torch.device) -> _Layout:
+    """The layout for rows with few tokens (``short``), or many. G is less than three times the number of groups."""
+    here = set(names)
+    own = tuple(tuple(pick for pick in row if pick[0] in here and pick[1] != 0.0) for row in picks)
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for row, pick in enumerate(own):
+        groups.setdefault(pick, []).append(row)
+    size = len(own) // len(groups)
+    if size == 1:
+        return _Layout(own)
+    chunks, order = [], []
+    for pick, rows in groups.items():
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            chunks.append(pick)
+            order += part + part[:1] * (size - len(part))  # filled up with a row whose second result nobody reads
+    if order == list(range(len(own))):
+        return _Layout(tuple(chunks))
+    if not short:
+        return _Layout(own, keep=False)
+    back = [0] * len(own)
+    for place in reversed(range(len(order))):
+        back[order[place]] = place
+    return _Layout(tuple(chunks), torch.tensor(order, device=device), torch.tensor(back, device=device))
+
+
+def _batched(x: Tensor, out: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, layout: _Layout) -> Tensor:
+    """``out`` plus one product per chunk: x [B, ..., i] times A [G, R, i], scaled, times B [G, R, o]."""
+    dtype, count = A.dtype, len(A)
+    if layout.order is not None:
+        x = x.index_select(0, layout.order)
+    h = torch.bmm(x.reshape(count, -1, x.shape[-1]).to(dtype), A.transpose(1, 2))  # [G, size*T, R]
+    alpha = 1.0
+    if isinstance(scale, Tensor):
+        h = h * scale
+    else:
+        alpha = scale
+    if layout.back is not None:
+        part = torch.bmm(h, B).view(-1, *out.shape[1:])[layout.back]
+        if torch.is_grad_enabled() or part.dtype != out.dtype or not out.is_contiguous():
+            return out + (part * alpha).to(out.dtype)
+        return out.add_(part, alpha=alpha)
+    flat = out.reshape(count, -1, out.shape[-1])
+    if torch.is_grad_enabled() or h.dtype != out.dtype or not out.is_contiguous():
+        return torch.baddbmm(flat, h.to(B.dtype), B, alpha=alpha).to(out.dtype).view(out.shape)
+    flat.baddbmm_(h, B, alpha=alpha)
+    return out
+
+
+def _plus(out: Tensor, h: Tensor, B: Tensor, alpha: float = 1.0) -> Tensor:
+    """``out + alpha * h B^T`` in one kernel; h is [..., r] and B [o, r]. In place where no gradients are recorded."""
+    if h.dtype != out.dtype or B.dtype != out.dtype:  # autocast, or a base that changes its type
+        return out + (F.linear(h, B.to(h.dtype)) * alpha).to(out.dtype)
+    h = h.reshape(-1, h.shape[-1])
+    if not torch.is_grad_enabled() and out.is_contiguous():
+        out.view(-1, out.shape[-1]).addmm_(h, B.t(), alpha=alpha)
+        return out
+    return torch.addmm(out.reshape(-1, out.shape[-1]), h, B.t(), alpha=alpha).view(out.shape)
 
 
 def _pad(tensor: Tensor, size: int, dim: int) -> Tensor:
@@ -307,19 +486,18 @@ class LoRAPatch(Patch):
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.form.scale
 
     def add(self, x: Tensor, y: Tensor, out: Tensor, weight: float = 1.0, call: Call = NO_CALL) -> Tensor:
-        if self.site.kind != "linear" or torch.is_autocast_enabled(x.device.type):
+        if self.site.kind != "linear":
             return super().add(x, y, out, weight, call)
-        x = self._drop(x)
-        A, B = self.A, self.B
-        if A.dtype != x.dtype:
-            A, B = A.to(x.dtype), B.to(x.dtype)
-        h = F.linear(x, A)
-        flat = out.reshape(-1, out.shape[-1])
-        # one kernel multiplies, scales and adds; in place where nothing else can hold the base's fresh output
-        if not torch.is_grad_enabled() and flat.is_contiguous() and flat.data_ptr() == out.data_ptr():
-            flat.addmm_(h.reshape(-1, h.shape[-1]), B.t(), alpha=weight * self.form.scale)
-            return out
-        return torch.addmm(flat, h.reshape(-1, h.shape[-1]), B.t(), alpha=weight * self.form.scale).view(out.shape)
+        form = self.form
+        if form.dropout:
+            x = self._drop(x)
+        A, B = self._parameters["A"], self._parameters["B"]
+        if A.dtype != x.dtype:  # type: ignore[union-attr]
+            A, B = A.to(x.dtype), B.to(x.dtype)  # type: ignore[union-attr]
+        h = F.linear(x, A)  # type: ignore[arg-type]  # [..., r]
+        if B.dtype != h.dtype:  # type: ignore[union-attr]
+            B = B.to(h.dtype)  # type: ignore[union-attr]
+        return _plus(out, h, B, weight * form.scale)  # type: ignore[arg-type]
 
     def delta(self) -> Tensor:
         s = self.form.scale

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of two things measured in one run on one machine. See README.md."""

@@ -1,0 +1,71 @@
+"""The main job from end to end: tasks to adapters to a table to a report. A door: it joins verbs and holds no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polytask.core.adapter import Adapter
+from polytask.core.model import Model
+from polytask.core.task import Task, read_tasks
+from polytask.evaluate import compare as _compare
+from polytask.learn.learner import learn
+
+
+class Table(_compare.Table):
+    """What `compare` found; see `polytask.evaluate.compare.Table`."""
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the report: one page with its pictures inside, readable without a network."""
+        from polytask.report import render
+
+        return _compare.save_text(path, render(self.as_dict()))
+
+
+def compare(
+    model: Model | str,
+    adapters: Mapping[str, Adapter] | Sequence[Adapter] | str | Path,
+    tasks: Sequence[Task] | Task | str | Path,
+    *,
+    joint: Adapter | bool = True,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Table:
+    """Puts the ways to serve several tasks from one base side by side, on the tasks' test splits.
+
+    Majority baseline, the bare base, each task's own adapter, joint training, the average of all adapters; every adapter on
+    every task; what each adapter forgot; parameters, bytes, seconds, peak memory.
+
+    Args:
+        model: the base, or what `Model.load` takes.
+        adapters: by name, or a list, or a folder with a folder per adapter.
+        tasks: what to score on, or a path that `read_tasks` takes.
+        joint: an adapter learned on all tasks, True to learn one with the settings on the first adapter's card, or False.
+        seed: of the bootstraps and of the joint training.
+        say: is told what goes on.
+        options: of `polytask.evaluate.compare.compare`: cross, general, batch_size, resamples.
+
+    Returns:
+        A table with ``.rows``, ``.methods``, ``.to_json(path)``, ``.to_html(path)``.
+
+    Raises:
+        ConfigError: no adapters, or none belongs to any of the tasks.
+    """
+    base = Model.load(model) if isinstance(model, str) else model
+    chosen = [tasks] if isinstance(tasks, Task) else read_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
+    found = _compare.load_all(adapters)
+
+    def train() -> Adapter:
+        first = next(iter(found.values()))
+        stage = first.card.training.get("stage", {})
+        made: Adapter = learn(
+            base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
+            **stage.get("schedule", {}),
+        )  # fmt: skip
+        return made
+
+    wanted = joint if isinstance(joint, Adapter) else train if joint and len(chosen) > 1 else None
+    table = _compare.compare(base, found, chosen, joint=wanted, seed=seed, say=say, **options)
+    return Table(**vars(table))

@@ -1,0 +1,172 @@
+"""One adapter's way through its tasks: data, heads, optimiser, schedule, best state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polytask.core.adapter import Adapter
+from polytask.core.errors import DataError, LearnError
+from polytask.core.head import Head, Row, TextHead
+from polytask.core.metrics import METRICS, default_metric
+from polytask.core.model import Model
+from polytask.core.predict import predict
+from polytask.core.recipe import Schedule, Stage
+from polytask.core.task import Task
+
+from . import plan
+
+
+@dataclass
+class Course:
+    """An adapter that learns, with all that is its own. Several courses share one forward when they learn together.
+
+    Attributes:
+        name: what the adapter is attached as while it learns.
+        adapter: what learns.
+        tasks: what it learns from; each has a head in the adapter.
+        stage: the settings.
+        fresh: the tasks whose heads are new.
+        rows: training rows by task.
+        step: optimiser steps taken.
+        best: (score, step, state) of the best evaluation on dev.
+    """
+
+    name: str
+    adapter: Adapter
+    tasks: list[Task]
+    stage: Stage
+    fresh: frozenset[str] = frozenset()
+    rows: list[list[Row]] = field(default_factory=list)
+    dev: list[list[Row]] = field(default_factory=list)
+    step: int = 0
+    best: tuple[float, int, dict[str, Tensor]] | None = None
+    worse: int = 0
+    stopped: bool = False
+    scores: list[dict[str, Any]] = field(default_factory=list)
+
+    def prepare(self, model: Model) -> None:
+        """Reads the examples and builds the optimiser. Raises `DataError` when there is nothing to learn from."""
+        longest = self.schedule.longest
+        for task in self.tasks:
+            if not task.train:
+                raise DataError(f"the task {task.name!r} has no training examples; give it a train split")
+            head = self.adapter.heads[task.name]
+            self.rows.append(head.rows(model, task.train, longest=longest))
+            self.dev.append(head.rows(model, task.dev, scoring=True, longest=longest) if task.dev else [])
+        self._lengths = [[row.length for row in rows] for rows in self.rows]
+        self._epochs: dict[int, list[list[plan.Item]]] = {}
+        self.per_epoch = len(self.batches(0))
+        self.micro = math.ceil(self.per_epoch * self.schedule.epochs)
+        self.total = math.ceil(self.micro / self.schedule.accumulate)
+        count = self.schedule.evaluations or max(1, math.ceil(self.schedule.epochs))
+        self.checks = {round(self.total * (i + 1) / count) for i in range(count)}
+        self.optimiser = self._optimiser()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._factor)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How it is optimised."""
+        return self.stage.schedule
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the patches."""
+        return self.schedule.lr or self.adapter.form.default_lr
+
+    @property
+    def done(self) -> bool:
+        """Whether it has taken all its steps."""
+        return self.stopped or self.step >= self.total
+
+    def batches(self, number: int) -> list[list[plan.Item]]:
+        """The batches of an epoch."""
+        if number not in self._epochs:
+            self._epochs = {
+                number: plan.epoch(
+                    self._lengths, self.schedule.batch_size, self.stage.seed, number, self.stage.sampling, self.stage.temperature
+                )
+            }
+        return self._epochs[number]
+
+    def batch(self, micro: int) -> list[plan.Item]:
+        """The ``micro``-th batch of the whole run."""
+        number, at = divmod(micro, self.per_epoch)
+        return self.batches(number)[at]
+
+    def micros(self) -> range:
+        """The batches whose gradients make the next step."""
+        first = self.step * self.schedule.accumulate
+        return range(first, min(first + self.schedule.accumulate, self.micro))
+
+    def heads(self, items: Sequence[plan.Item]) -> list[tuple[Head, list[int]]]:
+        """The heads of a batch, each with the positions of its rows."""
+        found: dict[int, list[int]] = {}
+        for position, (task, _) in enumerate(items):
+            found.setdefault(task, []).append(position)
+        return [(self.adapter.heads[self.tasks[t].name], where) for t, where in sorted(found.items())]
+
+    def advance(self) -> float:
+        """Clips, steps, and returns the gradient's norm. Parameters of other adapters do not enter it."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        bound = self.schedule.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        if not math.isfinite(norm):
+            raise LearnError(f"the gradient of {self.name!r} is not a number")
+        self.optimiser.step()
+        self.scheduler.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        return norm
+
+    def evaluate(self, model: Model) -> dict[str, Any] | None:
+        """Scores the adapter on dev and keeps the best state. None without dev examples."""
+        values: dict[str, float] = {}
+        signs = []
+        for task, rows in zip(self.tasks, self.dev, strict=True):
+            if not rows:
+                continue
+            metric = METRICS[task.metric or default_metric(task.kind)]
+            head = self.adapter.heads[task.name]
+            with model.using(self.name):
+                write = isinstance(head, TextHead) and task.kind == "generate"
+                found = predict(model, head, rows, batch_size=2 * self.schedule.batch_size, write=write)
+            values[task.name] = float(metric.function(found, [e.target for e in task.dev], task.labels))
+            signs.append(1.0 if metric.higher_is_better else -1.0)
+        if not values:
+            return None
+        mean = sum(s * v for s, v in zip(signs, values.values(), strict=True)) / len(values)
+        record = {"step": self.step, "dev": values, "mean": mean}
+        self.scores.append(record)
+        if self.best is None or mean > self.best[0]:
+            self.best, self.worse = (mean, self.step, self.adapter.state()), 0
+        else:
+            self.worse += 1
+            self.stopped = bool(self.schedule.patience) and self.worse >= self.schedule.patience
+        return record
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        patches = [p for patch in self.adapter.patches.values() for p in patch.parameters()]
+        heads = [p for head in self.adapter.heads.values() for p in head.parameters()]
+        groups: list[dict[str, Any]] = [{"params": patches, "lr": self.lr, "weight_decay": self.schedule.weight_decay}]
+        if heads:
+            groups.append({"params": heads, "lr": self.schedule.head_lr or self.lr, "weight_decay": 0.0})
+        same = {p.device.type for p in patches + heads} <= {"cpu", "cuda"}
+        return torch.optim.AdamW(groups, fused=same)
+
+    def _factor(self, step: int) -> float:
+        """The learning rate at a step over its peak: as the schedules of transformers, over this course's own steps."""
+        warm = math.ceil(self.total * self.schedule.warmup)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if self.schedule.schedule == "constant":
+            return 1.0
+        done = (step - warm) / max(1, self.total - warm)
+        if self.schedule.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
