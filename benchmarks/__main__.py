@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .measure import machine
 
 
@@ -25,10 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", metavar="module", help=f"which modules to run ({', '.join(there)}); all")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only functions with this name")
     parser.add_argument("--quick", action="store_true", help="few repeats and small sizes: shows that it runs")
+    parser.add_argument("--threads", type=int, help="torch's threads; torch's own choice if not given")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.modules) - set(there))
     if unknown:
         parser.error(f"there is no module {', '.join(unknown)}; there are: {', '.join(there)}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
     document: dict[str, Any] = {"machine": machine(), "quick": given.quick, "results": []}
     print(f"{'':44}{'ratio':>8}  {'target':18}{'':6}peers", file=sys.stderr)
     for module in given.modules or there:

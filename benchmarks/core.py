@@ -106,7 +106,7 @@ def forward_single(quick: bool) -> dict[str, Any]:
         theirs = peft_model(base, given)
         cases["peft"] = lambda: theirs(ids)
         details["difference_to_peft"] = difference(model.module(ids).logits, theirs(ids).logits)
-    took = interleave(cases, 2 if quick else 41, "bare")
+    took = interleave(cases, 2 if quick else 21, "bare")
     peer = {PEFT: took["peft"]["ratio"]} if PEFT else {}
     return result(forward_single.__doc__, took["ours"]["ratio"], 1.08, peer, cases=took, **details)
 
@@ -136,7 +136,7 @@ def forward_rows(quick: bool) -> dict[str, Any]:
         theirs = peft_model(base, few)
         cases["peft"] = lambda: theirs(ids, adapter_names=names)
         details["difference_to_peft"] = difference(kept.module(ids).logits, theirs(ids, adapter_names=names).logits)
-    took = interleave(cases, 2 if quick else 31, "bare")
+    took = interleave(cases, 2 if quick else 15, "bare")
     peer = {PEFT: took["peft"]["ratio"]} if PEFT else {}
     return result(forward_rows.__doc__.splitlines()[0], took["kept"]["ratio"], 1.10, peer, cases=took, **details)
 
@@ -245,7 +245,7 @@ def _attach_all(base: nn.Module, given: Mapping[str, Adapter]) -> dict[str, floa
 
 
 def _peft_attach(base: nn.Module, count: int) -> dict[str, float]:
-    """PEFT's times, in ms, for ``add_adapter``, which also makes the values; few of them, as the time grows with each."""
+    """PEFT's times, in ms, for ``add_adapter``, which also makes the values; few, as the time grows with each."""
     from peft import LoraConfig, get_peft_model
 
     def config() -> LoraConfig:

@@ -29,22 +29,25 @@ def interleave(
         warm: untimed calls of each case before.
 
     Returns:
-        By name: ``ms`` (median), ``ratio`` (median of the ratios to the baseline in the same round), and the quartiles of
-        these as ``low`` and ``high``.
+        By name: ``ms`` (median), ``ratio`` (median of the ratios to the baseline in the same round), the quartiles of
+        these ratios as ``low`` and ``high``, and ``cpu``, the median of the same ratios of processor time. On a machine
+        that does other work, ``cpu`` with one thread is the figure to trust; waiting threads count in it.
     """
     names = list(cases)
     for name in names:
         for _ in range(warm):
             cases[name]()
     took: dict[str, list[float]] = {name: [] for name in names}
+    busy: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
         for turn in range(rounds):
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
-                begin = time.perf_counter()
+                begin, begin_busy = time.perf_counter(), time.process_time()
                 cases[name]()
+                busy[name].append(time.process_time() - begin_busy)
                 took[name].append(time.perf_counter() - begin)
     finally:
         gc.enable()
@@ -57,6 +60,7 @@ def interleave(
             "ratio": round(middle, 3),
             "low": round(low, 3),
             "high": round(high, 3),
+            "cpu": round(statistics.median(a / b for a, b in zip(busy[name], busy[baseline], strict=True)), 3),
         }
     return found
 

@@ -69,3 +69,22 @@ def compare(
     wanted = joint if isinstance(joint, Adapter) else train if joint and len(chosen) > 1 else None
     table = _compare.compare(base, found, chosen, joint=wanted, seed=seed, say=say, **options)
     return Table(**vars(table))
+
+
+def learn_each(
+    model: Model, tasks: Sequence[Task], *, out: str | Path, say: Callable[[str], None] = lambda text: None, **options: Any
+) -> list[Adapter]:
+    """One adapter per task, one run after another; those that the folder already has from the same call are not made again.
+
+    Args:
+        model: the base.
+        tasks: what to learn from.
+        out: folder for a folder per adapter.
+        say: is told what goes on.
+        options: of `polytask.learn`.
+    """
+    made = []
+    for task in tasks:
+        say(f"learning {task.name} ({len(task.train)} examples)")
+        made.append(learn(model, task, out=Path(out) / task.name, **options))
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -13,14 +15,26 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from zoo import output, tiny
+from zoo import output
+from zoo import tiny as make
 
 import polytask as pt
 from polytask.core.errors import AdapterError
 from polytask.core.files import CARD, CONFIG, HEADS, WEIGHTS
 from polytask.core.head import LinearHead
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+QUIET = (  # what PEFT says about things that are meant here
+    "`is_gradient_checkpointing`",
+    "Model has `tie_word_embeddings",
+    "Unable to fetch remote file",
+    "Could not find a config file",
+    "OLoRA changes",
+    "The following (rank|alpha)_pattern keys",
+    "LoRA adapter added to ConvNd",
+    "Adapter 'default'",
+    "fan_in_fan_out is set to False",
+)
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{start}") for start in QUIET]
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 SITES = {
@@ -40,6 +54,19 @@ SITES = {
     "whisper": "query | value",
     "resnet": "conv",
 }
+
+
+_made = functools.cache(make)
+
+
+def tiny(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny model of the caller's own; building one takes longer than copying it."""
+    net, batch = _made(family)
+    return copy.deepcopy(net), batch
+
+
+def net_of(family: str) -> nn.Module:
+    return tiny(family)[0]
 
 
 @torch.no_grad()
@@ -109,7 +136,8 @@ def test_peft_reads_ours(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "sites"), [("llama", "embed_tokens"), ("gpt2", "wte"), ("gemma2", "embed_tokens"), ("bert", "token | query")]
+    ("family", "sites"),
+    [("llama", "embed_tokens"), ("gpt2", "wte"), ("gemma2", "embed_tokens"), ("bert", "token | query")],
 )
 def test_peft_reads_our_embeddings(family: str, sites: str, tmp_path: Path) -> None:
     adapter = new(family, pt.LoRA(rank=4, init="random"), sites)
@@ -138,10 +166,6 @@ def test_peft_reads_ranks_that_differ(family: str, tmp_path: Path) -> None:
     assert {n: p.form for n, p in loaded.patches.items()} == {n: p.form for n, p in adapter.patches.items()}
     (tmp_path / "a" / CARD).unlink()
     torch.testing.assert_close(applied(net_of(family), batch, pt.Adapter.load(tmp_path / "a")), ours, **CLOSE)
-
-
-def net_of(family: str) -> nn.Module:
-    return tiny(family)[0]
 
 
 def test_peft_reads_both_scalings_in_one_adapter(tmp_path: Path) -> None:
@@ -272,7 +296,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*Conv1D")
 def test_we_read_pefts_and_write_it_again(case: str, tmp_path: Path) -> None:
     family, config = CASES[case]
     net, batch = tiny(family)
@@ -308,11 +331,14 @@ def test_classifiers_of_peft(kind: str, tmp_path: Path) -> None:
     theirs = by_peft(fresh(), batch, tmp_path / "theirs", task_type="SEQ_CLS")
     adapter = pt.Adapter.load(tmp_path / "theirs")
     saved = {name for name, patch in adapter.patches.items() if patch.form.name == "full"}
-    assert saved == {
-        "bert": {"classifier"},
-        "roberta": {"classifier.dense", "classifier.out_proj"},
-        "gpt2": {"score"},
-    }[kind]
+    assert (
+        saved
+        == {
+            "bert": {"classifier"},
+            "roberta": {"classifier.dense", "classifier.out_proj"},
+            "gpt2": {"score"},
+        }[kind]
+    )
     assert not torch.allclose(base, theirs, atol=1e-2)
     torch.testing.assert_close(applied(fresh(), batch, adapter), theirs, **CLOSE)
     adapter.save(tmp_path / "ours")
@@ -320,7 +346,9 @@ def test_classifiers_of_peft(kind: str, tmp_path: Path) -> None:
     assert again["task_type"] == "SEQ_CLS" and again["modules_to_save"] == [{"gpt2": "score"}.get(kind, "classifier")]
     reread = pt.Adapter.load(tmp_path / "ours")
     assert reread.hash == adapter.hash
-    torch.testing.assert_close(run(peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "ours")), batch), theirs, **CLOSE)
+    torch.testing.assert_close(
+        run(peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "ours")), batch), theirs, **CLOSE
+    )
     merged = adapter.merge_into(pt.Model(fresh()))
     torch.testing.assert_close(run(merged.module, batch), theirs, **CLOSE)
 
@@ -356,7 +384,9 @@ def test_an_embedding_comes_with_a_copy_of_the_base(tmp_path: Path) -> None:
     assert any(key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / WEIGHTS))
     adapter = pt.Adapter.load(tmp_path)
     assert list(adapter.patches) == ["model.embed_tokens"]
-    assert adapter.card.notes == ["model.embed_tokens.base_layer.weight in the file is a copy of the base's weight and was not used"]
+    assert adapter.card.notes == [
+        "model.embed_tokens.base_layer.weight in the file is a copy of the base's weight and was not used"
+    ]
 
 
 def test_embeddings_that_were_saved_whole(tmp_path: Path) -> None:
@@ -508,7 +538,7 @@ def test_convolutions_that_peft_computes_otherwise(name: str, tmp_path: Path) ->
     adapter = pt.Adapter.new(model, pt.LoRA(rank=2, init="random"), f"plain | {name}", name="a")
     adapter.save(tmp_path / "a")
     assert config_of(tmp_path / "a")["peft_type"] == "POLYTASK_LORA"
-    assert "library_name: \"polytask\"" in (tmp_path / "a" / "README.md").read_text()
+    assert 'library_name: "polytask"' in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises(KeyError, match="POLYTASK_LORA"):
         peft.PeftModel.from_pretrained(Convolutions(), str(tmp_path / "a"))
     reread = pt.Adapter.load(tmp_path / "a")

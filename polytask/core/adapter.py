@@ -100,7 +100,7 @@ class Adapter:
         Args:
             model: the base.
             form: a form, its name, or a mapping with its settings.
-            sites: a selector; the form's own choice when None. Sites of a kind that the form cannot act at are left out.
+            sites: a selector; the form's own choice when None. Sites that the form cannot act at are left out.
             seed: the same seed gives the same values, at each site independent of which other sites there are.
             name: what it is called.
 
@@ -217,9 +217,9 @@ class Adapter:
         mine = self.card.base.get("fingerprint")
         if mine and mine != model.fingerprint:
             raise AdapterError(
-                f"the adapter {self.name!r} was made for the base {self.card.base.get('name')!r} (weights {mine[:8]}), and "
-                f"this is {model.name!r} (weights {model.fingerprint[:8]}); load that base, or pass check_base=False if "
-                "you know that the adapter fits"
+                f"the adapter {self.name!r} was made for the base {self.card.base.get('name')!r} (weights {mine[:8]}), "
+                f"and this is {model.name!r} (weights {model.fingerprint[:8]}); load that base, or pass "
+                "check_base=False if you know that the adapter fits"
             )
 
     def fit(self, patch: Patch, model: Model) -> Site:

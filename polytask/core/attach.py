@@ -107,7 +107,7 @@ class Hub:
                 f"{listing(names, 6)}. If another module reads their weight without calling them, list them in "
                 "Model(..., read_weights=[...]); if this input does not use them, nothing is wrong",
                 InactiveSiteWarning,
-                stacklevel=5,
+                stacklevel=6,  # the line that called the model
             )
         self.unreached = None
 
@@ -214,7 +214,7 @@ class Slot:
         return kept[1]
 
     def _active(self, mix: Mix) -> list[tuple[Patch, float]]:
-        if self.patches.keys().isdisjoint(mix.names()):
+        if not any(name in self.patches for name in mix.names()):
             return []
         fixed = mix.fixed(self.site, self.names)
         if fixed is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +92,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes several files of a folder, all or none: whatever can fail for lack of space comes before the first rename."""
+    """Writes several files of a folder, all or none: what can fail for lack of space comes before the first rename."""
     parts = {name: _beside(folder / name, "part") for name in files}
     olds = {name: _beside(folder / name, "old") for name in files}
     replaced: list[str] = []
@@ -172,15 +172,17 @@ def _card(adapter: Adapter) -> dict[str, Any]:
 def _readme(adapter: Adapter) -> str:
     card = adapter.card
     base = str(card.base.get("source") or card.base.get("name") or "unknown")
+    tasks = [str(task.get("name")) for task in card.tasks]
     front = {
         "base_model": base,
         "library_name": "polytask" if peft_files.obstacles(adapter) else "peft",
-        "tags": [f"base_model:adapter:{base}", adapter.form.name, "polytask", *(str(t.get("name")) for t in card.tasks)],
+        "tags": [f"base_model:adapter:{base}", adapter.form.name, "polytask", *tasks],
         **({"license": card.licence.lower()} if card.licence else {}),
     }
     lines = ["---", *[f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in front.items()], "---", ""]
     lines += [f"# {adapter.name or 'adapter'}", ""]
-    lines += [f"{adapter.form.name} adapter, {adapter.size:,} parameters at {len(adapter.patches)} sites of {base}.", ""]
+    count = f"{adapter.size:,} parameters at {len(adapter.patches)} sites"
+    lines += [f"{adapter.form.name} adapter of {base}: {count}.", ""]
     lines += [f"- {task}: {score}" for task, score in card.metrics.items()]
     return "\n".join(lines) + "\n"
 
@@ -195,15 +197,17 @@ def load(path: str | Path, *, revision: str | None = None, subfolder: str | None
     foreign = config["peft_type"] == kind.peft_type and kind.in_peft
     if ours is not None and not mark and foreign:
         warnings.warn(
-            f"{folder}: the weights were written by another program than {CARD} beside them, so that file and the heads "
-            "are not used; delete it to be rid of this warning",
+            f"{folder}: the weights were written by another program than {CARD} beside them, so that file and the "
+            "heads are not used; delete it to be rid of this warning",
             stacklevel=3,
         )
         ours = None
     if ours is None and not foreign:
-        raise AdapterError(f"{folder} has no {CARD}, without which an adapter of the form {kind.name!r} is not complete")
+        raise AdapterError(f"{folder} has no {CARD}, without which an adapter of this form is not complete")
     if ours is not None and mark and mark != ours.get("hash"):
-        raise AdapterError(f"{folder}: {WEIGHTS} and {CARD} are of different saves (one was interrupted); save or copy it again")
+        raise AdapterError(
+            f"{folder}: {WEIGHTS} and {CARD} are of different saves (one was interrupted); save or copy it again"
+        )
     try:
         if ours is None:
             return peft_files.read(folder, config, kind, tensors)
@@ -219,14 +223,15 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> type[Form]:
     if name is None:
         if "model_class" in config or "architecture" in (config.get("config") or {}):
             raise AdapterError(
-                f"{folder} was written by the AdapterHub library (adapters), whose files polytask does not read; it reads "
-                "those of PEFT and its own, so train the adapter again, or save a merged model with that library"
+                f"{folder} was written by the AdapterHub library (adapters), whose files polytask does not read; it "
+                "reads those of PEFT and its own, so train the adapter again, or save a merged model with that library"
             )
         raise AdapterError(f"{folder / CONFIG} has no peft_type, so it does not say what kind of adapter this is")
     by_type = {t: kind for kind in forms.values() for t in (kind.peft_type, peft_files.own_type(kind))}
     if name not in by_type:
         known = sorted(by_type)
-        raise AdapterError(f"{folder / CONFIG}: the form {name!r} is not known{nearest(str(name), known)}; known are {listing(known)}")
+        hint = nearest(str(name), known)
+        raise AdapterError(f"{folder / CONFIG}: the form {name!r} is not known{hint}; known are {listing(known)}")
     return by_type[name]
 
 
@@ -254,8 +259,8 @@ def _from_hub(name: str, revision: str | None, subfolder: str | None) -> Path:
     except Exception as error:  # the hub's errors share no base: no network, no such name, no right
         reason = str(error).strip().split("\n")[0]
         raise AdapterError(
-            f"{name!r} is no folder here, and could not be had from the hub: {reason or type(error).__name__}. Check the name "
-            "and the network, or give the folder of a copy"
+            f"{name!r} is no folder here, and could not be had from the hub: {reason or type(error).__name__}. Check "
+            "the name and the network, or give the folder of a copy"
         ) from error
     folder = got / subfolder if subfolder else got
     if not (folder / CONFIG).is_file():
@@ -300,15 +305,17 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
             return tensors, ""
     except Exception as error:  # pickle's errors share no base
         reason = str(error).strip().split("\n")[0]
-        raise AdapterError(f"{file} is refused, because reading it would run code or it is damaged: {reason}") from error
+        raise AdapterError(f"{file} is refused; it is damaged, or reading it would run code: {reason}") from error
     raise AdapterError(f"{file} is refused: {reason}")
 
 
-def _read_ours(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+def _read_ours(
+    folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Adapter:
     if ours.get("format", 0) > FORMAT:
         raise AdapterError(
-            f"{folder / CARD} was written by a newer version of polytask (format {ours['format']}; this one reads {FORMAT}); "
-            "update polytask to read it"
+            f"{folder / CARD} was written by a newer version of polytask (format {ours['format']}; this one reads "
+            f"{FORMAT}); update polytask to read it"
         )
     form = Form.of(ours["form"])
     described = [(Site.from_dict(entry), entry.get("form")) for entry in ours["sites"]]

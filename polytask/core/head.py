@@ -122,7 +122,10 @@ class LinearHead(Head):
         self.center, self.spread = center, spread
         self.index = {label: i for i, label in enumerate(self.labels)}
         outputs = len(self.labels) if task in ("classify", "multilabel") else 1
-        self.linear = nn.Linear(width, outputs)
+        # without PyTorch's own start, which would draw from the program's random numbers
+        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, width, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def start(self, generator: torch.Generator) -> Self:
         """Small seeded values."""

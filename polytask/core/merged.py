@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,14 @@ def merge(adapter: Adapter, model: Model, weight: float, *, in_place: bool, unti
     adapter.check_base(model)
     module = model.module if in_place else copy.deepcopy(model.module)
     plain = Model(
-        module, model.processor, kind=model.kind, name=model.name, source=model.source, pooling=model.pooling,
+        module,
+        model.processor,
+        kind=model.kind,  # type: ignore[arg-type]
+        name=model.name,
+        source=model.source,
+        pooling=model.pooling,
         read_weights=model._read_weights,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )
     if not in_place:
         plain.detach()
     fits = [(patch, adapter.fit(patch, plain)) for patch in adapter.patches.values()]
@@ -70,14 +75,18 @@ def _check(patch: Patch, site: Site, target: nn.Module, holders: dict[int, list[
     for name in _names(patch, target, site):
         stored = target._parameters.get(name)
         if stored is None:
-            raise AdapterError(f"{name} of {site.path!r} is computed (a parametrisation), so a change cannot be merged into it")
+            raise AdapterError(
+                f"{name} of {site.path!r} is computed (a parametrisation), so a change cannot be merged into it"
+            )
         if not stored.is_floating_point():
-            raise AdapterError(f"{name} of {site.path!r} is quantised ({stored.dtype}); load the base unquantised to merge")
+            raise AdapterError(
+                f"{name} of {site.path!r} is quantised ({stored.dtype}); load the base unquantised to merge"
+            )
         others = [path for path in holders[id(stored)] if path != site.path]
         if others and not untie:
             raise AdapterError(
-                f"the weight of {site.path!r} is shared with {listing(others)}, which the adapter does not change; merging "
-                "would change both. Pass untie=True to give the site a weight of its own, or leave the adapter attached"
+                f"the weight of {site.path!r} is shared with {listing(others)}, and merging would change it there too. "
+                "Pass untie=True to give the site a weight of its own, or leave the adapter attached"
             )
 
 
@@ -95,8 +104,8 @@ def _add(root: nn.Module, module: nn.Module, site: Site, name: str, delta: Tenso
 
 
 def _untie_config(root: nn.Module) -> None:
-    """Says in the configuration that a decoder's embedding and head differ, so that loading it does not join them again."""
-    config = getattr(root, "config", None)
-    # where a whole family is always tied (T5), the flag means something else, and readers compare the weights themselves
+    """Says in the configuration that a decoder's embedding and head differ, so that loading does not tie them."""
+    config: Any = getattr(root, "config", None)
+    # where a whole family is always tied (T5), the flag means something else, and readers compare the weights
     if getattr(config, "tie_word_embeddings", False) and not getattr(config, "is_encoder_decoder", False):
         config.tie_word_embeddings = False

@@ -161,10 +161,11 @@ def score(
     table = chosen.table(predictions, targets, labels)
     n = table.shape[0]
     values = [_finish_resamples(chosen, table, drawn) for drawn in _draw(n, resamples, seed)]
-    low, high = _interval(values, confidence)
+    value = chosen.of_table(table)
+    low, high = _interval(values, confidence) if resamples else (value, value)
     return Score(
         metric=chosen.name,
-        value=chosen.of_table(table),
+        value=value,
         low=low,
         high=high,
         n=n,
@@ -547,8 +548,8 @@ def _choose(kind: str, name: str | None) -> Metric:
 
 def _check_settings(resamples: int, confidence: float) -> None:
     problems = []
-    if resamples < 1:
-        problems.append(f"resamples is {resamples}, and must be 1 or more (1000 is usual)")
+    if resamples < 0:
+        problems.append(f"resamples is {resamples}, and must be 0 (no interval) or more (1000 is usual)")
     if not 0 < confidence < 1:
         problems.append(f"confidence is {confidence}, and must lie between 0 and 1 (0.95 is usual)")
     if problems:

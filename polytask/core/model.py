@@ -194,8 +194,7 @@ class Model:
             there = listing(self._hub.adapters) or "nothing"
             raise AdapterError(f"no adapter {name!r} is attached{nearest(name, self._hub.adapters)}; there is: {there}")
         for gone in [name] if name is not None else list(self._hub.adapters):
-            for site in self._hub.adapters[gone].patches:
-                slot = self._hub.slots[site]
+            for site, slot in [(n, s) for n, s in self._hub.slots.items() if gone in s.patches]:
                 slot.take(gone)
                 if not slot.patches:
                     del self._hub.slots[site]

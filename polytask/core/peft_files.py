@@ -56,12 +56,14 @@ def differs(site: Site, module: nn.Module) -> str:
 
 def obstacles(adapter: Adapter) -> list[str]:
     """Why PEFT cannot read an adapter; empty where it can."""
-    found = [f"{site}: {reason}" for site, reason in adapter.card.base.get("unlike_peft", {}).items() if site in adapter.patches]
+    unlike = adapter.card.base.get("unlike_peft", {})
+    found = [f"{site}: {reason}" for site, reason in unlike.items() if site in adapter.patches]
     if not adapter.form.in_peft:
         return [f"PEFT has no form {adapter.form.name!r}", *found]
     if adapter.form.peft_type != "LORA" and any(p.site.kind == "experts" for p in adapter.patches.values()):
         found.append(f"PEFT has no {adapter.form.name!r} for fused experts")
-    other = {p.form.name for p in adapter.patches.values() if type(p.form) is not type(adapter.form) and not is_saved(p)}
+    kind = type(adapter.form)
+    other = {p.form.name for p in adapter.patches.values() if type(p.form) is not kind and not is_saved(p)}
     return [*found, *(f"a second form, {name!r}" for name in sorted(other))]
 
 
@@ -96,7 +98,7 @@ def write_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _saved_names(sites: Sequence[Site], names: Sequence[str]) -> list[str]:
-    """The names that the file came with (PEFT adds some by the task, and nested wrappers clash), then what they leave."""
+    """The names that the file came with (PEFT adds some by the task, and nested wrappers clash), then what is left."""
     paths = dict.fromkeys(site.path for site in sites)
     used = [name for name in names if any(_inside(path, name) for path in paths)]
     return used + [path for path in paths if not any(_inside(path, name) for name in used)]
@@ -107,7 +109,7 @@ def _inside(path: str, name: str) -> bool:
 
 
 def fold(tensors: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Factors at experts as PEFT stores them: A [E, r, i] as [E*r, i] and B [E, o, r] as [o, r*E], nested by parameter."""
+    """Factors at experts as PEFT stores them: A [E, r, i] as [E*r, i], B [E, o, r] as [o, r*E], nested by parameter."""
     done = dict(tensors)
     for site in sites:
         if site.kind != "experts":
@@ -154,13 +156,13 @@ def unfold(
         rank = rank_of(name)
         count, rest = divmod(tensor.shape[0] if tail[5] == "A" else tensor.shape[1], rank)
         if rest:
-            raise AdapterError(f"{key!r} of shape {tuple(tensor.shape)} does not hold factors of rank {rank} per expert")
+            raise AdapterError(f"{key!r} of shape {tuple(tensor.shape)} does not hold factors of rank {rank}")
         if count > 1:
             experts.add(name)
             if tail[5] == "A":
-                tensor = tensor.unflatten(0, (count, rank))  # [E, r, i]
+                tensor = tensor.reshape(count, rank, -1)  # [E, r, i]
             else:
-                tensor = tensor.unflatten(1, (rank, count)).permute(2, 0, 1).contiguous()  # [E, o, r]
+                tensor = tensor.reshape(-1, rank, count).permute(2, 0, 1).contiguous()  # [E, o, r]
         done[f"{PREFIX}{name.removesuffix('.weight')}.{tail}"] = tensor
     return done, experts
 
@@ -170,7 +172,7 @@ def _ends(path: str, end: str) -> bool:
 
 
 def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Mapping[str, Tensor]) -> Adapter:
-    """An adapter that PEFT wrote. Its sites are inferred from the tensors; roles and depths are known once it is attached."""
+    """An adapter that PEFT wrote. Its sites are inferred from the tensors; the model knows their roles and depths."""
     from .adapter import Adapter, Card
 
     general = kind.from_peft(config)
@@ -222,7 +224,9 @@ def _sorted_out(
         elif owner.endswith(".base_layer"):
             # with an embedding among its targets PEFT adds a copy of the base's own, which no reader needs
             notes.append(f"{path} in the file is a copy of the base's weight and was not used")
-        elif any(_inside(owner, name) for name in names) or parameter == "weight" and re.search(r"embed|lm_head", owner):
+        elif any(_inside(owner, name) for name in names) or (
+            parameter == "weight" and re.search(r"embed|lm_head", owner)  # what save_embedding_layers adds
+        ):
             saved.setdefault(owner, {})[parameter] = tensor
         else:
             allowed = f" and is in no module of modules_to_save {listing(names)}" if names else ""
@@ -243,7 +247,8 @@ def _saved_module(path: str, parts: Mapping[str, Tensor]) -> list[Patch]:
         weight, bias = plain.get("weight"), plain.get("bias")
         if weight is None:
             raise AdapterError(f"the saved module {path!r} has a bias and no weight; the file is not complete")
-        kind = "embedding" if "embed" in path.rsplit(".", 1)[-1] else {1: "norm", 2: "linear"}.get(weight.dim(), "conv")
+        kind = {1: "norm", 2: "linear"}.get(weight.dim(), "conv")
+        kind = "embedding" if "embed" in path.rsplit(".", 1)[-1] else kind
         shape = tuple(weight.shape)
         # stored [d_in, d_out] where only the last size can be the bias's
         turned = kind == "linear" and bias is not None and len(bias) == shape[1] != shape[0]

@@ -19,9 +19,10 @@ from polytask.core.site import Site
 class Full(Form):
     """A dense change of every parameter of a module: ``c(x) = f(x; W + dW) - f(x; W)``.
 
-    Starts at zero. The base's weights stay where they are: the change is a tensor of its own, so several fully tuned models
-    share one base, and can be mixed like any other adapters. Acts on linear layers, convolutions, embeddings, norms and raw
-    parameters. Where every row of the batch has the same weights it is added to the weight, which costs one addition.
+    Starts at zero. The base's weights stay where they are: the change is a tensor of its own, so several fully tuned
+    models share one base, and can be mixed like any other adapters. Acts on linear layers, convolutions, embeddings,
+    norms and raw parameters. Where every row of the batch has the same weights it is added to the weight, which costs
+    one addition.
 
     Args:
         parameters: ``"all"`` of a module's parameters, ``"weight"``, or ``"bias"`` only.
@@ -83,9 +84,9 @@ class FullPatch(Patch):
         self.keys = {**self.keys, name: key if self.form.stored == "delta" else own}
 
     def misfit(self, site: Site) -> str:
-        """The shape as stored decides: a file of PEFT's does not say whether [a, b] is a linear layer's or an embedding's."""
-        mine = self.site.shape
-        return "" if mine == site.shape else f"it was made for a weight of shape {mine}, and the model's is {site.shape}"
+        """The shape as stored decides: a file of PEFT's does not tell a linear layer from an embedding."""
+        mine, other = self.site.shape, site.shape
+        return "" if mine == other else f"it was made for a weight of shape {mine}, and the model's is {other}"
 
     def start(self, generator: torch.Generator) -> None:
         """Zero for a change; for stored values there is nothing to start from but the base, so they need `load`."""
@@ -97,8 +98,8 @@ class FullPatch(Patch):
         for name in self._parameters:
             if base._parameters.get(site.param or name) is None:
                 raise AdapterError(
-                    f"{site.param or name} of {site.path!r} is computed (a parametrisation) or missing, so a Full change cannot "
-                    "act on it; leave the site out, or use a form that acts on outputs"
+                    f"{site.param or name} of {site.path!r} is computed (a parametrisation) or missing, so a Full "
+                    "change cannot act on it; leave the site out, or use a form that acts on outputs"
                 )
         return super().bound(base, site)
 
@@ -119,15 +120,15 @@ class FullPatch(Patch):
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         base = self._base()
         if getattr(base, "max_norm", None) is not None:
-            raise AdapterError(f"the embedding {self.site.name!r} has max_norm, with which its weight cannot be split into a sum")
+            raise AdapterError(f"the embedding {self.site.name!r} has max_norm, so its weight is not read as a sum")
         if self.site.read == "weight":
-            raise AdapterError(f"site {self.site.name!r} is read and not called; a Full change acts on its weight there")
+            raise AdapterError(f"site {self.site.name!r} is not called; a Full change acts on its weight there")
         stored = {n: p for n, p in base._parameters.items() if p is not None}
         # the original class: the swapped one would add the adapters again
         plain = _Plain(base)
         deltas = {f"inner.{n}": d.to(stored[n].dtype) for n, d in self.deltas().items()}
         zeros = {f"inner.{n}": torch.zeros_like(p) for n, p in stored.items()}
-        # every module this form acts on is affine in its parameters: f(dW) - f(0) is the change (f(0) is 0 but for x + norm)
+        # each of these modules is affine in its parameters, so the change is f(dW) - f(0); f(0) is 0 but for some norms
         changed = functional_call(plain, {**zeros, **deltas}, (x,))
         if self.site.kind in ("linear", "conv", "embedding"):
             return changed

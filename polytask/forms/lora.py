@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,15 +26,16 @@ from polytask.core.site import Site
 class LoRA(Form):
     """A weight's change as a product of two thin matrices: ``c(x) = s B (A x)``.
 
-    ``s = alpha / rank`` ("classic"), or ``alpha / sqrt(rank)`` ("rank-stabilised", arXiv 2312.03732), which keeps the size
-    of the update when the rank grows. Acts on linear layers (also stored transposed), convolutions (A has the layer's
-    kernel and stride, B is 1x1), embeddings (A is looked up, not multiplied) and fused experts (factors per expert).
+    ``s = alpha / rank`` ("classic"), or ``alpha / sqrt(rank)`` ("rank-stabilised", arXiv 2312.03732), which keeps the
+    size of the update when the rank grows. Acts on linear layers (also stored transposed), convolutions (A has the
+    layer's kernel and stride, B is 1x1), embeddings (A is looked up, not multiplied) and fused experts (factors per
+    expert).
 
     Args:
         rank: r, the inner size of both factors.
         alpha: the scale's numerator; twice the rank when None.
-        dropout: probability of zeroing each input feature, while the model is in training mode. None at embeddings, as in
-            PEFT, and none where the change is made to the weight.
+        dropout: probability of zeroing each input feature, while the model is in training mode. None at embeddings, as
+            in PEFT, and none where the change is made to the weight.
         scaling: ``"classic"`` or ``"rank-stabilised"``.
         init: ``"zero-B"`` (A Kaiming-uniform, B zero: starts as the base), ``"gaussian"`` (A normal with deviation
             1/rank, B zero) or ``"random"`` (both Kaiming-uniform: does not start as the base; for tests).
@@ -94,7 +95,7 @@ class LoRA(Form):
         stable = {f.scaling for f in own.values()} | {self.scaling} == {"rank-stabilised"}
 
         def alpha(form: LoRA) -> float:
-            """PEFT has one scaling for all sites: where both occur, the classic one with the alpha that gives the scale."""
+            """PEFT has one scaling for all sites: where both occur, the classic one, with the alpha that gives s."""
             classic = form.scaling == "rank-stabilised" and not stable
             value = form.scale * form.rank if classic else 2.0 * form.rank if form.alpha is None else form.alpha
             return int(value) if value == int(value) else value
@@ -140,8 +141,8 @@ class LoRA(Form):
             return Site(module, "experts", "other", (A.shape[0], B.shape[1], A.shape[2]), param=param, read="weight")
         if A.dim() > 2 and A.shape[0] != B.shape[1]:
             raise AdapterError(
-                f"PEFT's LoRA of the grouped convolution {path!r} mixes the groups, which no change of its weight does; "
-                "leave grouped convolutions out of target_modules"
+                f"PEFT's LoRA of the grouped convolution {path!r} mixes the groups, which no change of its weight "
+                "does; leave grouped convolutions out of target_modules"
             )
         if A.dim() > 2:
             return Site(path, "conv", "other", (B.shape[0], *A.shape[1:]))
@@ -159,11 +160,12 @@ _ELSE = {  # PEFT's settings that make it another function
     "trainable_token_indices": "trained tokens",
 }  # fmt: skip
 _PLAIN = {  # and those that do not matter once it is trained, or that are read elsewhere
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules",
-    "modules_to_save", "auto_mapping", "peft_version", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
-    "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "bias", "layers_to_transform", "layers_pattern",
-    "target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
+    "exclude_modules", "modules_to_save", "auto_mapping", "peft_version", "r", "lora_alpha", "lora_dropout",
+    "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "bias",
+    "layers_to_transform", "layers_pattern", "target_parameters", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "velora_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying",
 }  # fmt: skip
 
 
@@ -179,14 +181,14 @@ def _check_peft(config: Mapping[str, Any]) -> None:
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise AdapterError(
-            f"this PEFT adapter was started with init_lora_weights={start!r}, which changes the base's own weights; save it "
-            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+            f"this PEFT adapter was started with init_lora_weights={start!r}, which changes the base's own weights; "
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...): that is plain LoRA"
         )
     unknown = sorted(key for key, value in config.items() if value and key not in _PLAIN and key not in _ELSE)
     if unknown:
         warnings.warn(
-            f"settings of this PEFT adapter that polytask does not know are ignored: {listing(unknown)}; if they change what "
-            "it computes, its outputs will differ",
+            f"settings of this PEFT adapter that polytask does not know are ignored: {listing(unknown)}; if they "
+            "change what it computes, its outputs will differ",
             stacklevel=2,
         )
 
@@ -212,7 +214,9 @@ class LoRABank(Bank):
         )
         self._dropouts = [p for p in own if p.form.dropout]
         self._tensors = [t for p in own for t in (p.A, p.B)]
+        self._rank = max((p.form.rank for p in own), default=0)
         self._kept: dict[str, tuple[Any, Any]] = {}
+        self._layout: tuple[Any, _Layout] | None = None
 
     def apply(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
         if not self._fast or (weights.fixed is not None and len(self.patches) == 1):
@@ -249,14 +253,14 @@ class LoRABank(Bank):
         return out + torch.einsum("btn,nor,btr->bto", dense, B, h)
 
     def forget(self) -> None:
-        self._kept = {}
+        self._kept, self._layout = {}, None
 
     @property
     def _fast(self) -> bool:
         return self._plain and not any(p.dropping for p in self._dropouts)
 
     def _keep(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, from the last time while neither the key nor the adapters have changed."""
+        """What ``make`` returns, or returned the last time if neither the key nor the adapters have changed since."""
         tensors = self._tensors
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return make()
@@ -291,23 +295,27 @@ class LoRABank(Bank):
         same adapters are brought together and share a stacked copy; with more, each row gets its own and stays there.
         """
         x, out, _ = per_row(x, out, len(picks), next(iter(self.patches.values())).site.name)
-        short = x.numel() // (len(picks) * x.shape[-1]) < max(p.form.rank for p in self.patches.values())
-        key = (picks, short, out.dtype, out.device)
-
-        def make() -> tuple[_Layout, tuple[Tensor, Tensor, float | Tensor] | None]:
-            layout = _lay_out(picks, tuple(self.patches), short, out.device)
-            return layout, self._stacked(layout.chunks, out.dtype) if layout.keep and any(layout.chunks) else None
-
-        layout, factors = self._keep("picked", key, make)
+        short = x.numel() // (len(picks) * x.shape[-1]) < self._rank
+        key = (picks, short, out.device)
+        layout = self._layout[1] if self._layout is not None and self._layout[0] == key else None
+        again = layout is not None
+        if layout is None:
+            layout = _lay_out(picks, self.patches, short, out.device)
+            self._layout = (key, layout)
         if not any(layout.chunks):
             return out
-        A, B, scale = factors or self._stacked(layout.chunks, out.dtype)
+
+        def make() -> tuple[Tensor, Tensor, float | Tensor]:
+            return self._stacked(layout.chunks, out.dtype)
+
+        # a mix that acts once (a batch of requests) leaves nothing behind: memory that is used again at once stays in cache
+        A, B, scale = self._keep("picked", (key, out.dtype), make) if again and layout.keep else make()
         return _batched(x, out, A, B, scale, layout)
 
     def _stacked(self, chunks: Picks, dtype: torch.dtype) -> tuple[Tensor, Tensor, float | Tensor]:
         """For G chunks of rows with up to k adapters: A [G, k*r, i], B [G, k*r, o], and w*s, a number or [G, 1, k*r]."""
         first = next(iter(self.patches.values()))
-        rank, k = max(p.form.rank for p in self.patches.values()), max(len(chunk) for chunk in chunks)
+        rank, k = self._rank, max(len(chunk) for chunk in chunks)
         zero_a = first.A.new_zeros(()).expand(rank, first.A.shape[1])
         zero_b = first.B.new_zeros(()).expand(first.B.shape[0], rank)
         left: list[Tensor] = []
@@ -367,9 +375,8 @@ class _Layout:
     keep: bool = True  # whether the stacked factors are few enough to be kept
 
 
-def _lay_out(picks: Picks, names: tuple[str, ...], short: bool, device: torch.device) -> _Layout:
+def _lay_out(picks: Picks, here: Container[str], short: bool, device: torch.device) -> _Layout:
     """The layout for rows with few tokens (``short``), or many. G is less than three times the number of groups."""
-    here = set(names)
     own = tuple(tuple(pick for pick in row if pick[0] in here and pick[1] != 0.0) for row in picks)
     groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
     for row, pick in enumerate(own):
@@ -437,7 +444,7 @@ def _pad(tensor: Tensor, size: int, dim: int) -> Tensor:
 
 
 class LoRAPatch(Patch):
-    """A [r, i] and B [o, r] at one site; for convolutions A [r, c, *kernel], B [o, r, 1, ...]; per expert for experts."""
+    """A [r, i] and B [o, r] at one site; at convolutions A [r, c, *kernel], B [o, r, 1, ...]; per expert at experts."""
 
     bank = LoRABank
     form: LoRA

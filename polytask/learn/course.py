@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import get_scheduler
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import DataError, LearnError
@@ -67,7 +68,8 @@ class Course:
         count = self.schedule.evaluations or max(1, math.ceil(self.schedule.epochs))
         self.checks = {round(self.total * (i + 1) / count) for i in range(count)}
         self.optimiser = self._optimiser()
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._factor)
+        name = "constant_with_warmup" if self.schedule.schedule == "constant" else self.schedule.schedule
+        self.scheduler = get_scheduler(name, self.optimiser, math.ceil(self.total * self.schedule.warmup), self.total)
 
     @property
     def schedule(self) -> Schedule:
@@ -158,15 +160,3 @@ class Course:
             groups.append({"params": heads, "lr": self.schedule.head_lr or self.lr, "weight_decay": 0.0})
         same = {p.device.type for p in patches + heads} <= {"cpu", "cuda"}
         return torch.optim.AdamW(groups, fused=same)
-
-    def _factor(self, step: int) -> float:
-        """The learning rate at a step over its peak: as the schedules of transformers, over this course's own steps."""
-        warm = math.ceil(self.total * self.schedule.warmup)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        if self.schedule.schedule == "constant":
-            return 1.0
-        done = (step - warm) / max(1, self.total - warm)
-        if self.schedule.schedule == "linear":
-            return max(0.0, 1.0 - done)
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from polytask.core import attach as _attach
 from polytask.core.adapter import Adapter
-from polytask.core.errors import ConfigError, LearnError, nearest
+from polytask.core.errors import AdapterError, ConfigError, LearnError
+from polytask.core.files import CONFIG
 from polytask.core.form import Call, Form
 from polytask.core.head import Head, LinearHead, Out, Row, collate, head_for, split, trunk
 from polytask.core.measure import peak_memory
@@ -164,7 +165,10 @@ class Run:
     progress: bool
 
     def go(self) -> None:
-        """Learns until every course is done, keeps each one's best state, writes cards and files."""
+        """Learns until every course is done, keeps each one's best state, writes cards and files.
+
+        A folder that has the result already (the same base, data, form, settings and seed) is read instead.
+        """
         from accelerate import Accelerator
 
         started = time.perf_counter()
@@ -183,11 +187,32 @@ class Run:
             self._warm()
             chosen, why = precision.choose(schedule.precision, self.model.module, self.model.device, self._one_loss)
             self.key = checkpoint.signature(self.courses, self.model.fingerprint, chosen)
+            if self._learned():
+                return
             resumed = self.out is not None and checkpoint.restore(self.out, self.courses, self.key)
             with precision.lowered(self.model.module, torch.bfloat16 if chosen == "bf16" else None), stoppable() as stop:
                 self._loop(stop, resumed)
         self._finish({"precision": chosen, "precision_because": why, "seconds": round(time.perf_counter() - started, 2),
                       "peak_mb": round(peak.mb, 1) if peak.mb else None})
+
+    def _learned(self) -> bool:
+        """Whether the folder already has what this run would give; then that is taken."""
+        if self.out is None:
+            return False
+        found = []
+        for course in self.courses:
+            folder = self._folder(course)
+            if not (folder / CONFIG).is_file():
+                return False
+            try:
+                found.append(Adapter.load(folder))
+            except AdapterError:
+                return False  # something else, or a damaged one: it is learned anew and replaced
+        if any(adapter.card.training.get("signature") != self.key for adapter in found):
+            return False
+        for course, adapter in zip(self.courses, found, strict=True):
+            course.adapter = adapter
+        return True
 
     def _warm(self) -> None:
         """Heads that are fresh start from a probe of the base with their adapter as it is now."""
@@ -378,7 +403,7 @@ class Run:
             card.tasks = [{**task.summary(), "hash": task.hash} for task in course.tasks]
             card.metrics = {f"dev/{k}": v for s in course.scores if course.best and s["step"] == course.best[1] for k, v in s["dev"].items()}
             card.training = {
-                **facts, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
+                **facts, "signature": self.key, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
                 "trained_parameters": sum(p.numel() for p in course.adapter.parameters()), "lr": course.lr,
                 "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
             }  # fmt: skip

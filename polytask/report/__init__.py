@@ -139,9 +139,11 @@ class Comparison:
         return len({t.lower for t in self.tasks}) == 1
 
     def best(self, task: Column) -> set[str]:
-        """The best methods on a task: more than one where they are equal as printed."""
-        shown = {m: float(f"{s.value:.3f}") * task.sign for m in self.methods if (s := self.score(m, task)).value is not None}
-        return {m for m, value in shown.items() if value == max(shown.values())}
+        """The best methods on a task: more than one where they are equal to three digits."""
+        found = {m: self.score(m, task).value for m in self.methods}
+        shown = {m: round(value, 3) * task.sign for m, value in found.items() if value is not None}
+        top = max(shown.values(), default=None)
+        return {m for m, value in shown.items() if value == top}
 
     def average(self, method: str) -> float | None:
         """The unweighted mean over the tasks that the method can do, as the table says, else as its rows say."""
@@ -185,12 +187,14 @@ def render(table: Mapping[str, Any]) -> str:
         DataError: see `Comparison.read`.
     """
     from jinja2 import Environment
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     data = Comparison.read(table)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "signed": signed, "count": count, "size": size, "duration": duration}
     environment.filters |= {"memory": lambda mb: size(mb * 1e6)}
+    # a long name may be broken after these, where a reader would break it
+    environment.filters |= {"breaks": lambda text: Markup(re.sub(r"([_/.])", r"\1<wbr>", str(escape(text))))}
     template = environment.from_string(files(__package__).joinpath("compare.html").read_text(encoding="utf-8"))
     cross = data.table.get("cross")
     notes: list[str] = []
@@ -276,6 +280,8 @@ def size(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """``0.4 s``, ``2 min 23 s``, ``1 h 5 min``."""
+    if 0 < seconds < 0.1:
+        return "<\u00a00.1\u00a0s"
     if seconds < 59.5:
         return f"{seconds:.0f}\u00a0s" if seconds >= 9.95 else f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
@@ -285,8 +291,8 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:
-    """``a, b and c``; a long list ends ``and 9 more``."""
-    names = list(names)
+    """``a, b and c``; a long list ends ``and 9 more``, and a long name loses its middle."""
+    names = [f"{n[:24]}\u2026{n[-15:]}" if len(n) > 40 else n for n in names]
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
@@ -303,19 +309,25 @@ def headline(data: Comparison) -> list[str]:
     best, base = order[0], data.base
     lines = [_who(data, best)]
     if base and base != best and base in data.methods:
-        lines.append(_against(data, best, base, "the bare base"))
+        lines.append(_against(data, best, base))
     second = next((m for m in order[1:] if m != base), None)
     if second:
-        close = [t for t in data.tasks if data.score(best, t).overlaps(data.score(second, t))]
-        if data.one_direction:
-            lines.append(f"Next comes \u201c{second}\u201d with {number(data.average(second) or 0.0)}")
-        else:
-            lines.append(f"Next comes \u201c{second}\u201d")
-        if len(close) == len(data.tasks):
-            lines[-1] += "; its interval overlaps that of the best on every task, so which of the two is better is not clear."
-        else:
-            lines[-1] += f"; their intervals are apart on {len(data.tasks) - len(close)} of {_tasks(data)}."
+        lines.append(_next(data, best, second))
     return lines
+
+
+def _next(data: Comparison, best: str, second: str) -> str:
+    """``Next comes “joint” with 0.744; ...``: whether the intervals say that the best is better than the second."""
+    text = f"Next comes \u201c{second}\u201d"
+    if data.one_direction:
+        text += f" with {number(data.average(second) or 0.0)}"
+    overlaps = [o for t in data.tasks if (o := data.score(best, t).overlaps(data.score(second, t))) is not None]
+    if overlaps and all(overlaps):
+        which = "its intervals overlap those of the best on every task" if len(overlaps) > 1 else "the two intervals overlap"
+        text += f"; {which}, so which of the two is better is not clear"
+    elif overlaps and len(data.tasks) > 1:
+        text += f"; the intervals of the two are apart on {overlaps.count(False)} of {_tasks(data)}"
+    return f"{text}."
 
 
 def _tasks(data: Comparison) -> str:
@@ -344,7 +356,7 @@ def _who(data: Comparison, best: str) -> str:
     return f"{text}, {number(abs(gap))} {side} the bare base ({number(theirs)})."
 
 
-def _against(data: Comparison, best: str, base: str, called: str) -> str:
+def _against(data: Comparison, best: str, base: str) -> str:
     """On which tasks `best` is clearly better or worse than the base, and on which the intervals overlap."""
     better, worse, unclear = [], [], []
     for task in data.tasks:
@@ -355,18 +367,17 @@ def _against(data: Comparison, best: str, base: str, called: str) -> str:
         elif overlap is False and mine.value is not None and theirs.value is not None:
             (better if (mine.value - theirs.value) * task.sign > 0 else worse).append(task.name)
     if not (better or worse or unclear):
-        return f"Without intervals it cannot be said where the difference from {called} is clear."
-    parts = []
-    if better:
-        whole = len(better) == len(data.tasks) > 1
-        parts.append(f"clearly better than {called} on {'every task' if whole else listed(better)}")
-    if worse:
-        parts.append(f"clearly worse on {listed(worse)}")
-    text = f"It is {', and '.join(parts)}" if parts else ""
+        return "Without intervals it cannot be said where the difference from the bare base is clear."
+
+    def where(names: list[str]) -> str:
+        return "every task" if len(names) == len(data.tasks) > 1 else listed(names)
+
+    parts = [f"clearly {word} on {where(names)}" for word, names in (("better", better), ("worse", worse)) if names]
+    text = f"Against the bare base it is {' and '.join(parts)}" if parts else ""
     if unclear:
-        what = f"the two 95% intervals overlap, so the difference from {called} is not clear"
-        where = "every task" if len(unclear) == len(data.tasks) > 1 else listed(unclear)
-        text += f"; on {where} {what}" if text else f"On {where} {what}"
+        what = "the two 95% intervals overlap, so the difference is not clear"
+        first = f"{text}; on" if text else "Against the bare base it is neither clearly better nor worse: on"
+        text = f"{first} {where(unclear)} {what}"
     return f"{text}."
 
 

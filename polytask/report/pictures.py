@@ -43,7 +43,7 @@ INK, MUTED, LINE, PAPER = (PAINT[name][0] for name in ("ink", "muted", "line", "
 MARKERS = "osD^vP"
 WIDTH = 10.0
 TEXT, SMALL = 9.0, 7.5  # points
-ROW = 0.2  # height of one method in a panel
+ROW = 0.225  # height of one method in a panel
 
 
 @contextmanager
@@ -79,15 +79,23 @@ def _style() -> Iterator[None]:
         log.setLevel(level)
 
 
-@lru_cache(maxsize=4096)
-def width(text: str, points: float = TEXT) -> float:
-    """Inches that a line of text takes; East Asian wide characters count one em, whatever font is at hand."""
+@lru_cache(maxsize=8192)
+def _em(character: str) -> float:
+    """The width of a character in units of the font's size; an East Asian wide one is 1, whatever font is at hand."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    plain = "".join("\u2014" if unicodedata.east_asian_width(c) in "WF" else c for c in text)
-    with _style():
-        return float(text_to_path.get_text_width_height_descent(plain, FontProperties(size=points), False)[0]) / 72
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.0
+    # measured between two bars, for a space alone has no width
+    font = FontProperties(family="DejaVu Sans", size=100)
+    pair, three = (text_to_path.get_text_width_height_descent(t, font, False)[0] for t in ("||", f"|{character}|"))
+    return float(three - pair) / 100
+
+
+def width(text: str, points: float = TEXT) -> float:
+    """Inches that a line of text takes."""
+    return sum(map(_em, text)) * points / 72
 
 
 def fit(text: str, inches: float, points: float = TEXT) -> str:
@@ -95,9 +103,9 @@ def fit(text: str, inches: float, points: float = TEXT) -> str:
     text = " ".join(text.split())
     if width(text, points) <= inches:
         return text
-    for keep in range(len(text) - 1, 1, -1):
+    for keep in range(min(len(text) - 1, int(inches * 72 / points / 0.2)), 1, -1):
         head = math.ceil(keep * 0.6)
-        short = f"{text[:head].rstrip()}\u2026{text[len(text) - (keep - head):].lstrip()}"
+        short = f"{text[:head].rstrip()}\u2026{text[len(text) - (keep - head) :].lstrip()}"
         if width(short, points) <= inches:
             return short
     return "\u2026"
@@ -147,7 +155,7 @@ def scores(data: Comparison) -> Figure:
     inside = len(data.methods) * ROW + 0.1
     panel = min(5.2, (WIDTH - left - right - gap * (columns - 1)) / columns)
     whole = left + columns * panel + (columns - 1) * gap + right
-    height = 0.02 + rows * (inside + top + foot - 0.3)
+    height = 0.2 + rows * (inside + top + foot - 0.3)
     with _style():
         figure = Figure(figsize=(whole, height))
         for index, task in enumerate(data.tasks):
@@ -156,11 +164,11 @@ def scores(data: Comparison) -> Figure:
             axes = figure.add_axes((x / whole, y / height, panel / whole, inside / height))
             _panel(axes, data, task, _limits(data, task))
             title = axes.annotate(
-                fit(task.name, panel + gap / 2, TEXT + 1), (0, 1), xytext=(0, 18), textcoords="offset points", va="baseline"
+                fit(task.name, panel + gap / 2, TEXT + 2), (0, 1), (0, 18), "axes fraction", "offset points", va="baseline"
             )
             title.set(fontsize=TEXT + 1, fontweight="semibold", color=INK)
             axes.annotate(
-                fit(_metric(task), panel, SMALL), (0, 1), xytext=(0, 6), textcoords="offset points", va="baseline"
+                fit(_metric(task), panel, SMALL), (0, 1), (0, 6), "axes fraction", "offset points", va="baseline"
             ).set(fontsize=SMALL, color=MUTED)
             if index % columns == 0:
                 for place, method in enumerate(data.methods):
@@ -173,6 +181,10 @@ def scores(data: Comparison) -> Figure:
                         ha="right",
                         va="center",
                     )
+        dashed = " Dashed line and hollow dot: the bare base." if data.base else ""
+        figure.text(0.02 / whole, 0.06 / height, f"Dot: score. Bar: 95% interval.{dashed} Bold: the best.").set(
+            fontsize=SMALL, color=MUTED
+        )
     return figure
 
 
@@ -252,7 +264,8 @@ def cross(data: Comparison) -> Figure:
 
     found = data.table["cross"]
     adapters, tasks = [str(a) for a in found["adapters"]], [str(t) for t in found["tasks"]]
-    left = max(width(fit(a, 2.3)) for a in [*adapters, "bare base"]) + 0.2
+    sides = ["bare base", *(fit(adapter, 2.3) for adapter in adapters)]
+    left = max(map(width, sides)) + 0.2
     cell = min(1.15, max(0.42, (WIDTH - left - 0.1) / len(tasks)))
     heads = [lines(t, cell - 0.08) for t in tasks]
     slanted = None in heads
@@ -282,7 +295,8 @@ def cross(data: Comparison) -> Figure:
                 **({"rotation": 46, "rotation_mode": "anchor", "ha": "left"} if slanted else {"ha": "center"}),
                 linespacing=1.15,
             )
-        for place, name in [(-1.1, "bare base"), *((i + 0.5, fit(a, 2.3)) for i, a in enumerate(adapters))]:
+        for row, name in enumerate(sides):
+            place = row - 0.5 if row else -1.1
             axes.annotate(name, (0, place), xytext=(-8, 0), textcoords="offset points", ha="right", va="center")
         _key(figure, left, whole, height)
     return figure

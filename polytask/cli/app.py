@@ -1,0 +1,309 @@
+"""The commands. Each says what it takes and gives with a worked example in its help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polytask.core.errors import ConfigError
+from polytask.core.recipe import Schedule
+
+from .options import configurable, form_of, mix_of
+
+if TYPE_CHECKING:
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+
+app = typer.Typer(
+    name="polytask",
+    help="One pretrained model, many tasks: learn adapters, compare them, mix them, look into them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Base = Annotated[str, typer.Option("--base", help="Alias (minilm), hub name, or folder of the pretrained model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Skip = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Tasks = Annotated[str, typer.Argument(help="A task's file or folder, or a folder of tasks.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import polytask
+
+        print(polytask.__version__)
+        raise typer.Exit(0)
+
+
+def _show(data: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str) if as_json else text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _need(value: str | None, what: str) -> str:
+    if not value:
+        raise ConfigError(f"{what} is missing; give it as an argument or in the --config file")
+    return value
+
+
+def _notes(found: list[Any]) -> None:
+    for task in found:
+        for note in task.notes:
+            _say(f"{task.name}: {note}")
+
+
+@app.command()
+@configurable(Schedule)
+def learn(
+    tasks: Tasks = "",
+    base: Base = "minilm",
+    out: Annotated[str, typer.Option("--out", help="Folder for the adapters; an interrupted run goes on from there.")] = "lib",
+    form: Annotated[str, typer.Option("--form", help="What learns: lora, or lora:rank=8,alpha=16.")] = "lora",
+    sites: Annotated[str | None, typer.Option("--sites", help="Selector of where, as 'attention & depth>=0.5'.")] = None,
+    joint: Annotated[bool, typer.Option("--joint", help="One adapter for all tasks.")] = False,
+    together: Annotated[bool, typer.Option("--together", help="One adapter per task, in one run.")] = False,
+    sampling: Annotated[str, typer.Option("--sampling", help="Of joint tasks: proportional, equal, temperature.")] = "proportional",
+    start: Annotated[str | None, typer.Option("--start", help="Folder of an adapter to go on from.")] = None,
+    seed: Seed = 0,
+    tracker: Annotated[str | None, typer.Option("--tracker", help="tensorboard or wandb.")] = None,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Learn one adapter per task (or one for all with --joint).
+
+    Example: polytask learn examples/tasks --base minilm --form lora:rank=8 --epochs 5 --out lib
+    """
+    from polytask.core.model import Model
+    from polytask.core.task import read_tasks
+    from polytask.jobs import learn_each
+    from polytask.learn.learner import learn as run
+
+    chosen = form_of(form)
+    schedule = Schedule.of(settings, "learn").model_dump()
+    found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
+    _notes(found)
+    model = Model.load(base)
+    common = {"form": chosen, "sites": sites, "seed": seed, "tracker": tracker, "start": start, **schedule}
+    if joint:
+        made = [run(model, found, joint=True, sampling=sampling, out=Path(out) / "joint", **common)]
+    elif together:
+        made = run(model, found, together=True, out=out, **common)
+    else:
+        made = learn_each(model, found, out=out, say=_say, **common)
+    records = [{"adapter": a.name, "folder": str(Path(out) / a.name), "parameters": a.size, **a.card.as_dict()} for a in made]
+    lines = []
+    for adapter in made:
+        training, metrics = adapter.card.training, adapter.card.metrics
+        scores = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()) or "no dev split"
+        lines.append(
+            f"{adapter.name}: {scores}; {training['steps']} steps in {training['seconds']} s, {training['precision']} "
+            f"({training['precision_because']}); saved in {Path(out) / adapter.name}"
+        )
+    _show(records, as_json, "\n".join(lines))
+
+
+@app.command()
+@configurable()
+def evaluate(
+    tasks: Tasks = "",
+    base: Base = "minilm",
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="Folder of an adapter, or name=folder; repeatable.")] = None,
+    mix: Annotated[str | None, typer.Option("--mix", help="Which acts: a name, or a=0.6,b=0.4. The only adapter by default.")] = None,
+    split: Annotated[str, typer.Option("--split", help="test, dev or train.")] = "test",
+    metric: Annotated[str | None, typer.Option("--metric", help="Another metric than the task's.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per forward.")] = 32,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+) -> None:
+    """Score a base, an adapter or a mix of adapters on tasks, with 95 % intervals.
+
+    Example: polytask evaluate examples/tasks/commit-type --adapter lib/commit-type
+    """
+    from polytask.core.task import read_tasks
+    from polytask.evaluate.evaluator import evaluate as run
+
+    found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
+    model, names = _with_adapters(base, adapter or [])
+    acting = mix_of(mix) or (names[0] if len(names) == 1 else None)
+    if len(names) > 1 and acting is None:
+        raise ConfigError(f"several adapters are given ({', '.join(names)}); say which act with --mix")
+    scores = {t.name: run(model, t, acting, split=split, metric=metric, batch_size=batch_size) for t in found}
+    _show({n: s.as_dict() for n, s in scores.items()}, as_json, "\n".join(f"{n}: {s}" for n, s in scores.items()))
+
+
+def _with_adapters(base: str, given: list[str]) -> tuple[Model, list[str]]:
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+
+    model = Model.load(base)
+    names = []
+    for text in given:
+        name, sign, folder = text.partition("=")
+        adapter = Adapter.load(folder if sign else text)
+        names.append(model.attach(adapter, name if sign else adapter.name or Path(text).name))
+    return model, names
+
+
+@app.command()
+@configurable()
+def compare(
+    library: Annotated[str, typer.Argument(help="Folder with a folder per adapter.", show_default=False)] = "",
+    tasks: Tasks = "",
+    base: Base = "minilm",
+    out: Annotated[str, typer.Option("--out", help="Folder for report.html and table.json.")] = "report",
+    joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Also learn one adapter on all tasks.")] = True,
+    cross: Annotated[bool, typer.Option("--cross/--no-cross", help="Every adapter on every task.")] = True,
+    seed: Seed = 0,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+) -> None:
+    """Put baselines, adapters, joint training and the average side by side; writes a report with pictures.
+
+    Example: polytask compare lib examples/tasks --base minilm --out report
+    """
+    from polytask.core.task import read_tasks
+    from polytask.jobs import compare as run
+
+    found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
+    table = run(base, _need(library, "the folder of adapters"), found, joint=joint, cross=cross, seed=seed, say=_say)
+    table.to_json(Path(out) / "table.json")
+    page = table.to_html(Path(out) / "report.html")
+    _show(table.as_dict(), as_json, f"{table}\n\nreport: {page}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder or hub name of an adapter.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name.")] = None,
+    subfolder: Annotated[str | None, typer.Option("--subfolder", help="Folder inside.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter is, where it comes from, and what serves it.
+
+    Example: polytask inspect lib/commit-type
+    """
+    from polytask.core.adapter import Adapter
+    from polytask.core.export import serving_problems
+
+    adapter = Adapter.load(path, revision=revision, subfolder=subfolder)
+    problems = serving_problems(adapter)
+    data = {
+        "name": adapter.name, "form": {"name": adapter.form.name, **adapter.form.settings()}, "sites": list(adapter.patches),
+        "parameters": adapter.size, "heads": {k: h.settings() for k, h in adapter.heads.items()}, "hash": adapter.hash,
+        "card": adapter.card.as_dict(), "serving_problems": problems,
+    }  # fmt: skip
+    _show(data, as_json, _inspected(adapter, problems))
+
+
+def _inspected(adapter: Adapter, problems: list[str]) -> str:
+    card = adapter.card
+    lines = [
+        f"{adapter.name or 'adapter'}: {adapter.form}",
+        f"base: {card.base.get('name')} (weights {str(card.base.get('fingerprint') or 'not recorded')[:8]})",
+        f"sites: {len(adapter.patches)}, parameters: {adapter.size:,}, hash {adapter.hash[:12]}",
+    ]
+    lines += [f"head {name}: {head.settings()}" for name, head in adapter.heads.items()]
+    lines += [f"learned from {t.get('name')}: {t.get('sizes')}" for t in card.tasks]
+    lines += [f"{name}: {value}" for name, value in card.metrics.items()]
+    training = {k: card.training.get(k) for k in ("steps", "best_step", "seconds", "precision", "peak_mb", "lr") if k in card.training}
+    lines += [f"training: {training}"] if training else []
+    lines += [f"cannot be served by vLLM as it is: {p}" for p in problems] or ["can be served by vLLM as it is"]
+    return "\n".join(lines)
+
+
+@app.command()
+def tasks(
+    path: Tasks,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+) -> None:
+    """Show what tasks are in a file or folder, and what was guessed about them.
+
+    Example: polytask tasks examples/tasks
+    """
+    from polytask.core.task import read_tasks
+
+    found = read_tasks(path, skip_bad_rows=skip_bad_rows)
+    lines = []
+    for task in found:
+        sizes = ", ".join(f"{split} {len(getattr(task, split))}" for split in ("train", "dev", "test"))
+        labels = f"; {len(task.labels)} labels: {', '.join(task.labels[:8])}" if task.labels else ""
+        lines.append(f"{task.name}: {task.kind}, {sizes}, scored by {task.metric}{labels}")
+        lines += [f"  {note}" for note in task.notes]
+    _show([task.summary() for task in found], as_json, "\n".join(lines))
+
+
+@app.command()
+def sites(
+    base: Annotated[str, typer.Argument(help="Alias, hub name, or folder of the model.")] = "minilm",
+    select: Annotated[str, typer.Option("--select", help="Selector, as 'mlp & layer in 0..3'.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """List the places of a model where an adapter can act.
+
+    A selector joins roles (query, value, up, ...), groups (attention, mlp, linear), kinds (kind:norm), depth>=0.5,
+    layer in 0..3, re:PATTERN and paths with & | ! and parentheses.
+
+    Example: polytask sites minilm --select "attention & depth>=0.5"
+    """
+    from polytask.core.model import Model
+
+    picked = Model.load(base).select(select)
+    width = max(len(site.name) for site in picked)
+    lines = [
+        f"{site.name.ljust(width)}  {site.kind:<9} {site.role:<10} "
+        f"{'x'.join(map(str, site.shape)) or '-':<12} {'' if site.layer is None else f'layer {site.layer}'}".rstrip()
+        for site in picked
+    ]
+    _show([{"name": site.name, **site.as_dict()} for site in picked], as_json, "\n".join([*lines, f"{len(picked)} sites"]))
+
+
+@app.command()
+def forms(
+    base: Annotated[str | None, typer.Option("--base", help="Also count the parameters for this model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the forms that an adapter can have.
+
+    Example: polytask forms --base minilm
+    """
+    from polytask.core.form import forms as registered
+
+    model = None
+    if base is not None:
+        from polytask.core.model import Model
+
+        model = Model.load(base)
+    records = [_form_record(kind, model) for kind in registered.values()]
+    lines = []
+    for r in records:
+        count = f", {r['parameters']:,} parameters at {r['default_sites']!r}" if r.get("parameters") else ""
+        peft = "in PEFT" if r["in_peft"] else "not in PEFT"
+        lines.append(f"{r['name']}: {r['summary']}\n  {r['paper']}; sites: {', '.join(r['kinds'])}; {peft}{count}")
+        lines.append(f"  settings: {', '.join(f'{k}={v!r}' for k, v in r['settings'].items())}")
+    _show(records, as_json, "\n".join(lines))
+
+
+def _form_record(kind: Any, model: Model | None) -> dict[str, Any]:
+    summary = (kind.__doc__ or "").strip().split("\n")[0]
+    record = {
+        "name": kind.name, "summary": summary, "paper": kind.paper, "kinds": list(kind.kinds), "default_sites": kind.default_sites,
+        "mergeable": kind.mergeable, "in_peft": kind.in_peft, "settings": kind().settings(),
+    }  # fmt: skip
+    if model is not None:
+        from polytask.core.adapter import Adapter
+
+        record["parameters"] = Adapter.new(model, kind()).size
+    return record

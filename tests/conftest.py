@@ -1,0 +1,110 @@
+"""Small bases and tasks that every test can use. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import polytask as pt
+from polytask.core.task import Example
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "tasks"
+
+
+@pytest.fixture(scope="session")
+def minilm_tokenizer():
+    import transformers
+    from polytask.core.load import ALIASES
+
+    return transformers.AutoTokenizer.from_pretrained(ALIASES["minilm"]())
+
+
+@pytest.fixture
+def encoder(minilm_tokenizer):
+    """A tiny BERT with a real tokenizer, mean-pooled."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=128, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        )  # fmt: skip
+        module = transformers.BertModel(config).eval()
+    return pt.Model(module, minilm_tokenizer, name="tiny-bert", pooling="mean")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Bytes as tokens: any text, 259 entries."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+@pytest.fixture
+def decoder(byte_tokenizer):
+    """A tiny Llama over bytes."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        module = transformers.LlamaForCausalLM(config).eval()
+    return pt.Model(module, byte_tokenizer, name="tiny-llama")
+
+
+@pytest.fixture
+def seq2seq(byte_tokenizer):
+    """A tiny T5 over bytes."""
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1, pad_token_id=0,
+            eos_token_id=2, decoder_start_token_id=0,
+        )  # fmt: skip
+        module = transformers.T5ForConditionalGeneration(config).eval()
+    return pt.Model(module, byte_tokenizer, name="tiny-t5")
+
+
+def colours(n: int = 24, name: str = "colours", start: int = 0) -> pt.Task:
+    """A task that a tiny model can learn: is the word red or blue in the sentence?"""
+    nouns = ["car", "house", "bird", "chair", "stone", "door", "shirt", "boat"]
+    rows = []
+    for i in range(start, start + n):
+        colour = "red" if i % 2 else "blue"
+        rows.append(Example((f"the {nouns[i % 8]} number {i} is {colour} today",), colour, where=f"{name}.jsonl:{i + 1}"))
+    return pt.Task(
+        name=name, kind="classify", train=rows[: n // 2], dev=rows[n // 2 : 3 * n // 4], test=rows[3 * n // 4 :],
+        labels=("blue", "red"), metric="accuracy",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def task() -> pt.Task:
+    return colours()
+
+
+def same_state(before: dict, module: torch.nn.Module) -> bool:
+    """Whether a module's tensors are bit for bit what they were."""
+    now = module.state_dict()
+    return before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in before)

@@ -1,0 +1,154 @@
+"""The command line: what it prints, its exit codes, and its YAML files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import colours
+
+import polytask as pt
+from polytask.cli import main
+
+COMMANDS = ("learn", "evaluate", "compare", "inspect", "tasks", "sites", "forms")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def go(*arguments):
+        monkeypatch.setattr(sys, "argv", ["polytask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return go
+
+
+@pytest.fixture
+def base(encoder, tmp_path):
+    """A tiny base as a folder."""
+    folder = tmp_path / "base"
+    encoder.module.save_pretrained(folder)
+    encoder.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "tasks"
+    for number, name in enumerate(("one", "two")):
+        task = colours(40, name, start=100 * number)
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            rows = [json.dumps({"text": e.inputs[0], "label": e.target}) for e in getattr(task, split)]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_learn_evaluate_compare_inspect(run, base, data, tmp_path):
+    lib = tmp_path / "lib"
+    code, out, err = run("learn", data, "--base", base, "--out", lib, "--epochs", 1, "--batch-size", 8, "--form", "lora:rank=2,alpha=4", "--json")
+    assert code == 0, err
+    records = json.loads(out)
+    assert [r["adapter"] for r in records] == ["one", "two"] and records[0]["training"]["precision"] == "fp32"
+    assert pt.Adapter.load(lib / "one").form == pt.LoRA(rank=2, alpha=4)
+
+    code, out, _ = run("evaluate", data / "one", "--base", base, "--adapter", lib / "one", "--json")
+    assert code == 0 and json.loads(out)["one"]["n"] == 10
+    code, out, _ = run("evaluate", data / "one", "--base", base, "--adapter", f"a={lib / 'one'}", "--adapter", f"b={lib / 'two'}", "--mix", "a=0.5,b=0.5")
+    assert code == 0 and out.startswith("one: accuracy")
+    code, _, err = run("evaluate", data / "one", "--base", base, "--adapter", lib / "one", "--adapter", lib / "two")
+    assert code == 2 and "say which act with --mix" in err
+
+    code, out, err = run("compare", lib, data, "--base", base, "--out", tmp_path / "r")
+    assert code == 0, err
+    assert "adapter per task" in out and (tmp_path / "r" / "report.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "r" / "table.json").read_text())["tasks"][0]["name"] == "one"
+
+    code, out, _ = run("inspect", lib / "one")
+    assert code == 0 and "LoRA(rank=2" in out and "learned from one" in out
+    code, out, _ = run("inspect", lib / "one", "--json")
+    assert json.loads(out)["card"]["training"]["steps"] == 3
+
+
+def test_joint_and_together(run, base, data, tmp_path):
+    code, out, err = run("learn", data, "--base", base, "--out", tmp_path / "j", "--joint", "--epochs", 1)
+    assert code == 0 and out.startswith("joint:"), err
+    code, out, err = run("learn", data, "--base", base, "--out", tmp_path / "t", "--together", "--epochs", 1)
+    assert code == 0 and (tmp_path / "t" / "two" / "adapter_model.safetensors").is_file(), err
+
+
+def test_a_file_says_the_same_as_the_flags(run, base, data, tmp_path):
+    flags = ["learn", data / "one", "--base", base, "--out", tmp_path / "flags", "--epochs", 1, "--form", "lora:rank=2", "--seed", 3, "--base-dropout"]
+    assert run(*flags)[0] == 0
+    file = tmp_path / "learn.yaml"
+    settings = {
+        "tasks": str(data / "one"), "base": str(base), "out": str(tmp_path / "file"), "epochs": 1, "seed": 3, "base-dropout": True,
+        "form": {"name": "lora", "rank": 2},
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(settings))
+    code, _, err = run("learn", "--config", file)
+    assert code == 0, err
+    assert pt.Adapter.load(tmp_path / "flags" / "one").hash == pt.Adapter.load(tmp_path / "file" / "one").hash
+    code, _, err = run("learn", "--config", file, "--out", tmp_path / "third", "--seed", 4)  # flags win
+    assert pt.Adapter.load(tmp_path / "third" / "one").hash != pt.Adapter.load(tmp_path / "file" / "one").hash
+
+
+def test_an_unknown_name_in_the_file_is_refused_with_the_nearest(run, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("epoch: 3\nbatchsize: 8\nseed: many\n")
+    code, _, err = run("learn", "--config", file)
+    assert code == 2
+    assert "unknown setting 'epoch' (did you mean 'epochs'?)" in err and "'batch_size'" in err
+    assert "seed:" in err and "bad.yaml" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["learn", "--nonsense"], 2, "No such option"),
+        (["lern"], 2, "No such command"),
+        (["learn"], 2, "the tasks is missing"),
+        (["tasks", "/nowhere/at/all"], 1, "/nowhere/at/all"),
+        (["sites", "no-such-base-anywhere"], 1, "could not be loaded"),
+        (["sites", "./nope"], 1, "does not exist"),
+        (["inspect", "./nope"], 1, "there is no adapter at"),
+        (["learn", "x", "--form", "lora:rank"], 2, "write name=value"),
+        (["learn", "x", "--precision", "fp8"], 2, "precision"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(run, arguments, code, text):
+    found, _, err = run(*arguments)
+    assert found == code and text in err and "Traceback" not in err
+
+
+def test_help_shows_an_example_for_each_command(run):
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0 and f"Example: polytask {command}" in out
+
+
+def test_lists(run, data, base):
+    code, out, _ = run("tasks", data, "--json")
+    assert [t["kind"] for t in json.loads(out)] == ["classify", "classify"] and code == 0
+    code, out, _ = run("sites", base, "--select", "query & layer==0", "--json")
+    assert [s["name"] for s in json.loads(out)] == ["encoder.layer.0.attention.self.query"]
+    code, out, _ = run("sites", base, "--select", "qery")
+    assert code == 1 and out == ""
+    code, out, _ = run("forms", "--json", "--base", base)
+    found = {f["name"]: f for f in json.loads(out)}
+    assert found["lora"]["in_peft"] and found["lora"]["parameters"] > 0 and found["full"]["paper"]
+
+
+def test_version_and_light_imports():
+    """Neither the package nor the help of the command line may import torch."""
+    code = "import sys, polytask; assert 'torch' not in sys.modules; from polytask.cli.app import app; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-m", "polytask", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == pt.__version__
