@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.nn import functional as F
@@ -677,6 +678,23 @@ def test_one_adapter_in_two_models():
     first.detach()
     assert torch.equal(run(second, batch, "same"), run(second, batch, "same")) and second.attached == ("same",)
     assert not torch.equal(run(second, batch, "same"), run(second, batch))
+
+
+def test_an_adapter_of_the_bare_network_in_a_model_with_a_head():
+    """Its sites have a prefix there."""
+    bare, batch = with_adapters("bert", "a")
+    torch.manual_seed(0)
+    module = transformers.BertForSequenceClassification(bare.module.config).eval()
+    module.bert.load_state_dict(bare.module.state_dict())
+    model = pt.Model(module)
+    before = run(model, batch)
+    model.attach(bare.adapters["a"], "a")  # the heads are no part of the fingerprint
+    assert all(name.startswith("bert.encoder.") for name in model._hub.slots)
+    with torch.no_grad(), model.using("a"):
+        hidden = module.bert(**batch).last_hidden_state
+    assert torch.equal(hidden, run(bare, batch, "a")) and not torch.equal(run(model, batch, "a"), before)
+    model.detach("a")
+    assert torch.equal(run(model, batch), before) and not polytask_attributes(module)
 
 
 def test_one_adapter_twice_in_one_model():

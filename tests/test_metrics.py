@@ -479,7 +479,7 @@ def test_a_score_survives_json_and_leaves_predictions_out() -> None:
         (ConfigError, {"kind": "clasify"}, ["'clasify'", "did you mean 'classify'", "lm"]),
         (ConfigError, {"metric": "acuracy"}, ["'acuracy'", "did you mean 'accuracy'", "macro-f1", "matthews"]),
         (ConfigError, {"metric": "bleu"}, ["'bleu' scores generate, not classify", "accuracy, macro-f1, micro-f1"]),
-        (ConfigError, {"resamples": 0, "confidence": 95}, ["resamples is 0", "confidence is 95"]),
+        (ConfigError, {"resamples": -1, "confidence": 95}, ["resamples is -1", "confidence is 95"]),
         (DataError, {"predictions": [], "targets": []}, ["no examples to score"]),
         (DataError, {"targets": ["a"]}, ["prediction has 2, target has 1"]),
         (DataError, {"targets": None}, ["cannot be scored without targets"]),

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polytask import report
 from polytask.core.errors import DataError, StorageError
-from polytask.report import Comparison, count, duration, headline, listed, lower_is_better, number, pictures, render
-from polytask.report import signed, size
-from polytask.report.pictures import fit, lines, width
+from polytask.report import Comparison, headline, pictures, render
+from polytask.report.pictures import PAINT, fit, lines, width
 
 TASKS: dict[str, tuple[list[str], str]] = {
     "helpdesk-intent": (
@@ -84,10 +84,9 @@ def fake() -> dict[str, Any]:
         entry = {"method": method, "what": WHAT[method], "average": sum(values) / 6, "worst": min(values), "note": ""}
         methods.append(entry | {key: column[place] for key, column in costs.items()})
     base = SCORES["base + probe"]
-    values = [
-        [round(b + (0.11 if i == j else ((i * 7 + j * 5) % 9 - 6) / 80), 4) for j, b in enumerate(base)] for i in range(6)
-    ]
-    losses = [-0.031, -0.022, -0.05, -0.044, -0.084, -0.027]
+    gain = [[0.11 if i == j else ((i * 7 + j * 5) % 9 - 6) / 80 for j in range(6)] for i in range(6)]
+    values = [[round(b + g, 4) for b, g in zip(base, row, strict=True)] for row in gain]
+    both = list(zip(names, [-0.031, -0.022, -0.05, -0.044, -0.084, -0.027], strict=True))
     return {
         "base": {"name": "minilm", "kind": "encoder", "parameters": 22_713_216, "fingerprint": "0319e2a7c4d85b10"},
         "tasks": [
@@ -106,7 +105,7 @@ def fake() -> dict[str, Any]:
         },
         "forgetting": {
             "measure": "Share of masked words that the base fills in correctly, on 500 sentences of its own kind.",
-            "rows": [{"adapter": n, "before": 0.612, "after": 0.612 + c, "change": c} for n, c in zip(names, losses)],
+            "rows": [{"adapter": n, "before": 0.612, "after": 0.612 + c, "change": c} for n, c in both],
         },
         "settings": {
             "seed": 0,
@@ -121,22 +120,463 @@ def fake() -> dict[str, Any]:
 
 def large() -> dict[str, Any]:
     """Twenty tasks of several metrics, eight methods, long and foreign names, and holes."""
-    odd = ["中文情感分类任务", "задача <b>&amp; вопросы", "a" * 70, "cost in $ and $x^2$", "مهمة التصنيف", "loss & gain"]
+    odd = ["中文情感分类任务", "задача <b>&amp; вопросы", "a" * 70, "cost in $ and $x^2$", "مهمة التصنيف", "pro & con"]
     names = [*odd, *(f"natural_instructions/task{i:04d}_long_descriptive_name_of_a_task_{i}" for i in range(14))]
     metrics = ["perplexity" if i % 7 == 3 else "pearson" if i % 7 == 5 else "accuracy" for i in range(20)]
     methods = [*SCORES, "routed by <router> & co", "sparse task arithmetic with trimmed and elected signs", "平均"]
     rows = []
     for m, method in enumerate(methods):
         for t, name in enumerate(names):
-            value = (18.0 + t - m * 1.3) if metrics[t] == "perplexity" else ((m * 3 + t * 5) % 17) / 18 - 0.1 * (t % 7 == 5)
+            value = ((m * 3 + t * 5) % 17) / 18 - 0.1 * (t % 7 == 5)
+            value = 18.0 + t - m * 1.3 if metrics[t] == "perplexity" else value
             row = {"method": method, "task": name, "metric": metrics[t], "value": value, "low": value - 0.05, "n": 80}
             if (m + t) % 11 == 0:
                 row |= {"value": None, "low": None, "note": "the base has no <head> for this & cannot answer"}
             rows.append(row | {"high": None if row["value"] is None else value + 0.06})
     cross = {"measure": "", "adapters": names, "tasks": names, "base": [0.5] * 19 + [None]}
-    cross["values"] = [[None if (i + j) % 13 == 0 else 0.5 + ((i * 3 + j) % 9 - 4) / 20 for j in range(20)] for i in range(20)]
-    tasks = [{"name": n, "kind": "classify", "metric": k, "labels": names * 3} for n, k in zip(names, metrics, strict=True)]
+    change = [[((i * 3 + j) % 9 - 4) / 20 for j in range(20)] for i in range(20)]
+    cross["values"] = [[0.5 + c if (i + j) % 13 else None for j, c in enumerate(row)] for i, row in enumerate(change)]
+    both = zip(names, metrics, strict=True)
+    tasks = [{"name": name, "kind": "classify", "metric": metric, "labels": names * 3} for name, metric in both]
     return {"base": {"name": "<big> & 大"}, "tasks": tasks, "rows": rows, "cross": cross}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; keeps texts, tables, ids, links and pictures' alternative texts."""
+
+    VOID = {"meta", "br", "wbr", "img", "link", "hr", "input"}
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.alts: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {k: v or "" for k, v in attrs}
+        self.seen.add(tag)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[k] for k in ("href", "xlink:href", "src") if k in values]
+        self.alts += [values["aria-label"]] if values.get("role") == "img" else []
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+            if "td" in self.open or "th" in self.open:
+                self.tables[-1][-1][-1] += data
+
+
+def row(
+    method: str, task: str, value: float | None, half: float | None = 0.05, metric: str = "accuracy"
+) -> dict[str, Any]:
+    ends = {} if half is None or value is None else {"low": value - half, "high": value + half}
+    return {"method": method, "task": task, "metric": metric, "value": value, "n": 80} | ends
+
+
+def said(*rows: dict[str, Any]) -> str:
+    return " ".join(headline(Comparison.read({"rows": list(rows)})))
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(fake())
+
+
+def test_page_needs_nothing_from_elsewhere(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.links and all(link.startswith("#") for link in parsed.links)
+    assert not parsed.seen & {"script", "link", "iframe", "img", "object"}
+    assert set(re.findall(r"https?://[^\s\"'<]*", page)) == {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in page and re.findall(r"url\([^#]", page) == []
+
+
+def test_ids_are_unique_and_every_link_has_its_target(page: str) -> None:
+    parsed = Page(page)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {link[1:] for link in parsed.links} <= set(parsed.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(parsed.ids)
+
+
+def test_parts_come_in_order(page: str) -> None:
+    order = ["scores", "cost", "cross", "forgetting", "tasks", "reading", "settings"]
+    assert re.findall(r'<h2 id="([a-z]+)"', page) == order
+
+
+def test_headline_of_the_fake_table() -> None:
+    assert headline(Comparison.read(fake())) == [
+        "\u201cadapter per task\u201d is best on average over 6 tasks: 0.761, 0.140 above the bare base (0.621).",
+        "Against the bare base it is clearly better on commit-type; on helpdesk-intent, helpdesk-urgency, "
+        "review-sentiment, question-type and pair-entailment the two 95% intervals overlap, so the difference is not clear.",
+        "Next comes \u201cjoint\u201d with 0.744; the intervals overlap on every task, so which of the two is better is not clear.",
+    ]
+
+
+def test_headline_says_where_it_is_worse_and_when_nothing_helps() -> None:
+    text = said(row("base", "a", 0.5), row("base", "b", 0.8), row("new", "a", 0.9), row("new", "b", 0.6))
+    assert "clearly better on a and clearly worse on b." in text
+    text = said(row("base", "a", 0.9), row("new", "a", 0.6))
+    assert "Nothing that was learned beats the bare base" in text and "Next comes \u201cnew\u201d with 0.600." in text
+
+
+def test_headline_without_base_without_intervals_and_without_scores() -> None:
+    assert said(row("x", "a", 0.7)) == "\u201cx\u201d is best on a: 0.700."
+    assert "Without intervals" in said(row("base", "a", 0.5, None), row("x", "a", 0.7, None))
+    assert said(row("x", "a", None)) == "No method has a score on any task."
+
+
+def test_a_method_that_cannot_do_every_task_does_not_win_by_its_easy_ones() -> None:
+    rows = [row("half", "a", 0.99), row("half", "b", None), row("whole", "a", 0.8), row("whole", "b", 0.4)]
+    assert Comparison.read({"rows": rows}).ranking == ["whole"]
+    assert "of 1 tasks" in Page(render({"rows": rows})).text
+
+
+def test_lower_perplexity_is_better() -> None:
+    rows = [row("base", "a", 20.0, 1.0, "perplexity"), row("tuned", "a", 11.0, 1.0, "perplexity")]
+    data = Comparison.read({"rows": rows})
+    assert data.ranking == ["tuned", "base"] and data.best(data.tasks[0]) == {"tuned"}
+    assert data.worst("tuned") == (11.0, "a")
+    assert "clearly better on a" in " ".join(headline(data)) and "9.000 below the bare base" in headline(data)[0]
+
+
+def test_metrics_of_two_directions_have_no_average() -> None:
+    rows = [
+        row(m, t, v, 0.01, k)
+        for m, t, v, k in [
+            ("base", "a", 0.5, "accuracy"),
+            ("base", "b", 30.0, "perplexity"),
+            ("new", "a", 0.6, "accuracy"),
+            ("new", "b", 20.0, "perplexity"),
+        ]
+    ]
+    data = Comparison.read({"rows": rows})
+    assert data.average("new") is None and data.worst("new") is None and data.ranking == ["new", "base"]
+    assert headline(data)[0].startswith("\u201cnew\u201d is best on 2 of 2 tasks")
+
+
+@pytest.mark.parametrize(
+    "metric, lower",
+    [
+        ("perplexity", True),
+        ("dev_loss", True),
+        ("WER", True),
+        ("error rate", True),
+        ("accuracy", False),
+        ("macro_f1", False),
+        ("chrf", False),
+        ("letter_match", False),
+        ("rouge-l", False),
+    ],
+)
+def test_direction_of_metrics(metric: str, lower: bool) -> None:
+    assert report.lower_is_better(metric) is lower
+
+
+def test_table_of_scores(page: str) -> None:
+    table = Page(page).tables[0]
+    assert table[0][0] == "Method" and table[0][-2:] == ["Average", "Worst"] and len(table) == 6
+    assert table[3][:2] == ["adapter per task", "0.8750.80\u20130.95"] and table[3][-2:] == [
+        "0.761",
+        "0.512pair-entailment",
+    ]
+    bold = re.findall(r"<strong>([^<]*)</strong>", page)
+    assert bold == ["0.875", "0.663", "0.838", "0.775", "0.512", "0.761", "0.913"]  # row by row
+
+
+def test_scores_equal_to_three_digits_are_both_best() -> None:
+    data = Comparison.read({"rows": [row("a", "t", 0.50001), row("b", "t", 0.49999), row("c", "t", 0.4)]})
+    assert data.best(data.tasks[0]) == {"a", "b"}
+
+
+def test_many_tasks_turn_the_table() -> None:
+    table = Page(render(large())).tables[0]
+    assert table[0][0] == "Task" and len(table[0]) == 9
+    assert [line[0] for line in table[-2:]] == ["Average", "Worst"] and len(table) == 23
+
+
+def test_notes_of_holes_are_printed_once_and_linked() -> None:
+    text = render(large())
+    assert text.count("the base has no &lt;head&gt; for this &amp; cannot answer") == 1
+    holes = sum(1 for r in large()["rows"] if r["value"] is None)
+    assert holes > 5 and text.count('href="#note-1"') == holes
+
+
+def test_cost_in_units_of_people(page: str) -> None:
+    table = Page(page).tables[1]
+    assert table[0][1:] == ["Trained parameters", "On disk", "Time", "Peak memory", "Base's own ability"]
+    want = ["602\u00a0k2.7% of the base", "2.41\u00a0MB", "2\u00a0min\u00a023\u00a0s", "1.18\u00a0GB", "\u22120.043"]
+    assert table[3][1:] == want
+    assert table[1][2:] == ["\u2013", "<\u00a00.1\u00a0s", "\u2013", "\u2013"]
+
+
+@pytest.mark.parametrize(
+    "function, value, text",
+    [
+        ("number", 0.8416, "0.842"),
+        ("number", 23.414, "23.41"),
+        ("number", 1204.4, "1,204"),
+        ("number", -0.5, "\u22120.500"),
+        ("number", 2.5e7, "2.50e+07"),
+        ("signed", 0.1514, "+0.151"),
+        ("signed", -0.0001, "0"),
+        ("signed", -3.0, "\u22123.000"),
+        ("count", 7688, "7,688"),
+        ("count", 589_824, "590\u00a0k"),
+        ("count", 22_713_216, "22.7\u00a0M"),
+        ("count", 999_999, "1.00\u00a0M"),
+        ("size", 512, "512\u00a0B"),
+        ("size", 2_359_296, "2.36\u00a0MB"),
+        ("size", 0, "0\u00a0B"),
+        ("duration", 0, "0.0\u00a0s"),
+        ("duration", 9.97, "10\u00a0s"),
+        ("duration", 59.7, "1\u00a0min\u00a00\u00a0s"),
+        ("duration", 3900, "1\u00a0h\u00a05\u00a0min"),
+    ],
+)
+def test_numbers_as_people_read_them(function: str, value: float, text: str) -> None:
+    assert getattr(report, function)(value) == text
+
+
+def test_lists_of_names() -> None:
+    assert report.listed([]) == "" and report.listed(["a"]) == "a" and report.listed("abc") == "a, b and c"
+    assert report.listed("abcdefgh") == "a, b, c, d, e and 3 more"
+    assert report.listed("abcdef") == "a, b, c, d, e and f"
+    assert len(report.listed(["x" * 200])) == 40
+
+
+def test_cross_values_can_be_read_as_text(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.tables[2][1] == ["bare base", "0.762", "0.550", "0.700", "0.788", "0.525", "0.400"]
+    assert parsed.tables[2][2][:2] == ["helpdesk-intent", "0.872"]
+    assert len(parsed.alts) == 2 and all("helpdesk-intent" in alt for alt in parsed.alts)
+    assert "The largest change is +0.110" in parsed.alts[1]
+
+
+def test_own_task_is_blue_and_loss_is_red_also_where_lower_is_better() -> None:
+    from polytask.report.pictures import _tones
+
+    table = {"rows": [row("x", "a", 0.5), row("x", "b", 20.0, 1.0, "perplexity")]}
+    (up, down), (none, rise) = _tones(Comparison.read(table), ["a", "b"], [[0.2, -8.0], [None, 8.0]])
+    assert up[2] > up[0] and down[2] > down[0] and rise[0] > rise[2]
+    assert max(none) - min(none) < 0.02
+
+
+def test_forgetting_bars(page: str) -> None:
+    bars = re.findall(r'<i class="lost" style="width: ([\d.]+)%; right: 50%">', page)
+    assert [float(b) for b in bars] == [18.5, 13.1, 29.8, 26.2, 50.0, 16.1]
+    rising = {
+        "measure": "Perplexity on text of its own kind.",
+        "rows": [{"adapter": "a", "before": 10.0, "after": 14.0}],
+    }
+    text = render({"rows": [row("x", "a", 0.5)], "forgetting": rising})
+    assert 'class="lost" style="width: 50.0%; left: 50%"' in text and "+4.000" in text and "Lower is better." in text
+
+
+def test_names_are_escaped_everywhere() -> None:
+    text = render(large())
+    parsed = Page(text)
+    assert "router" not in parsed.seen and "head" in parsed.seen and text.count("<b>") == 0
+    assert "routed by <router> & co" in parsed.text and "задача <b>&amp; вопросы" in parsed.text
+    assert "cost in $ and $x^2$" in parsed.text  # not read as a formula, in the pictures either
+    evil = 'x" onload="alert(1)"><script>alert(1)</script>'
+    table = {"base": {"name": evil}, "rows": [row(evil, evil, 0.5)], "settings": {evil: evil, "versions": {evil: evil}}}
+    table |= {"cross": {"adapters": [evil], "tasks": [evil], "values": [[0.5]], "base": [0.4], "measure": evil}}
+    text = render(table)
+    assert "script" not in Page(text).seen and 'onload="' not in text
+
+
+def test_pictures_follow_the_pages_colours(page: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(drawings) == 2
+    for drawing in drawings:
+        assert not [light for light, _ in PAINT.values() if light in drawing]
+        assert "var(--ink)" in drawing and "<metadata" not in drawing and "<image" not in drawing
+    assert "var(--m0)" in drawings[0] and "var(--m2)" in drawings[0]
+
+
+def test_same_table_gives_the_same_page(page: str) -> None:
+    assert render(fake()) == page
+    assert render(json.loads(json.dumps(fake()))) == page
+
+
+def test_the_table_is_not_changed() -> None:
+    table = fake()
+    before = copy.deepcopy(table)
+    render(table)
+    assert table == before
+
+
+@pytest.mark.parametrize("gone", ["base", "tasks", "methods", "cross", "forgetting", "settings"])
+def test_each_part_may_be_missing(gone: str) -> None:
+    table = fake()
+    del table[gone]
+    parsed = Page(render(table))
+    assert "adapter per task" in parsed.text and "helpdesk-intent" in parsed.text
+    table[gone] = None
+    assert Page(render(table)).text == parsed.text
+
+
+def test_rows_alone_one_task_one_method() -> None:
+    parsed = Page(render({"rows": [row("only", "alone", 0.5)]}))
+    assert "one model on 1 task" in parsed.text and len(parsed.alts) == 1
+    assert Page(render({"rows": [row("only", "alone", None)]})).tables[0][1][1] == "\u2013"
+
+
+def test_cross_without_base_prints_scores() -> None:
+    table = fake()
+    del table["cross"]["base"]
+    drawing = re.findall(r"<svg.*?</svg>", render(table), flags=re.S)[1]
+    assert ">0.872<" in drawing and ">+0.110<" not in drawing
+
+
+def test_nan_counts_as_no_score() -> None:
+    table = {"rows": [row("x", "a", 0.5), row("y", "a", float("nan"))]}
+    assert "nan" not in Page(render(table)).text.lower().split()
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({}, "no 'rows'"),
+        ([], "no 'rows'"),
+        ({"rows": []}, "no 'rows'"),
+        ({"rows": [{"method": "x"}]}, r"rows\[0\] must have"),
+        ({"rows": [row("x", "a", 0.5), row("x", "a", 0.6)]}, r"rows\[1\] is a second score of 'x' on 'a'"),
+        ({"rows": [{"method": "x", "task": "a", "value": "0.5"}]}, r"rows\[0\].value is '0.5'; it must be a number"),
+        (
+            {"rows": [row("x", "a", 0.5)], "cross": {"adapters": ["p"], "tasks": ["a", "b"], "values": [[1.0]]}},
+            "1 adapters x 2",
+        ),
+        (
+            {
+                "rows": [row("x", "a", 0.5)],
+                "cross": {"adapters": ["p"], "tasks": ["a"], "values": [[1.0]], "base": [1, 2]},
+            },
+            "cross.base",
+        ),
+        (
+            {"rows": [row("x", "a", 0.5)], "cross": {"adapters": ["p"], "tasks": ["a"], "values": [["1"]]}},
+            "must be a number",
+        ),
+        ({"rows": [row("x", "a", 0.5)], "methods": [{"method": "x", "average": "high"}]}, "average of 'x' is 'high'"),
+    ],
+)
+def test_tables_that_are_refused(table: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        render(table)
+
+
+def test_pictures_are_written_as_png(tmp_path: Path) -> None:
+    from PIL import Image
+
+    written = pictures(fake(), tmp_path / "new" / "folder")
+    assert [p.name for p in written] == ["scores.png", "cross.png"]
+    for path in written:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.width > 1000 and image.convert("RGB").getpixel((1, 1)) == (255,) * 3
+    table = fake()
+    del table["cross"]
+    assert [p.name for p in pictures(table, tmp_path)] == ["scores.png"]
+
+
+def test_pictures_into_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("here")
+    with pytest.raises(StorageError, match="taken"):
+        pictures(fake(), tmp_path / "taken")
+
+
+@pytest.mark.parametrize("table", [fake(), large()], ids=["fake", "large"])
+def test_no_text_leaves_its_picture_or_covers_another(table: dict[str, Any]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    from polytask.report import pictures as _  # noqa: F401  the function, not the module
+    from polytask.report.pictures import _style, cross, scores
+
+    data = Comparison.read(table)
+    for figure in (scores(data), cross(data)):
+        with _style():
+            FigureCanvasAgg(figure).draw()
+            shown = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+            boxes = [(t, t.get_window_extent()) for t in shown if t.get_rotation() == 0]
+            leaning = [t.get_window_extent() for t in shown if t.get_rotation() != 0]
+        assert len(boxes) > 20
+        for box in [*(b for _, b in boxes), *leaning]:
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        covered = [
+            (a.get_text(), b.get_text())
+            for i, (a, one) in enumerate(boxes)
+            for b, two in boxes[:i]
+            if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
+        ]
+        assert covered == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=120), st.floats(0.3, 4.0))
+def test_a_fitted_name_fits(name: str, inches: float) -> None:
+    short = fit(name, inches)
+    assert width(short) <= inches and (short == " ".join(name.split()) or "\u2026" in short)
+
+
+def test_fitting_keeps_beginning_and_end() -> None:
+    short = fit("natural_instructions/task0001_of_many_tasks_number_17", 1.5)
+    assert short.startswith("natural_") and short.endswith("_17")
+    assert lines("helpdesk-urgency", 0.8) == "helpdesk-\nurgency" and lines("x" * 50, 0.8) is None
+    assert width("\u6c49" * 3, 72) == pytest.approx(3.0)
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(page: str) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    render(fake())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_importing_the_package_imports_no_drawing() -> None:
+    code = "import sys, polytask.report as r; print([m for m in ('matplotlib', 'jinja2', 'torch') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_module_of_pictures_does_not_hide_the_function() -> None:
+    code = "import polytask.report.pictures, polytask.report as r; print(callable(r.pictures), callable(r.render))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True True"
+
+
+def test_a_large_page_takes_less_than_four_seconds_of_work(page: str) -> None:
+    start = time.process_time()
+    text = render(large())
+    assert time.process_time() - start < 4 and len(text) < 2_000_000
 
 
 if __name__ == "__main__":  # python tests/test_report.py FOLDER: the pages themselves, to look at

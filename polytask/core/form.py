@@ -58,8 +58,8 @@ class Weights:
         values: a tuple of N floats (the same for every input), or a tensor: [N], [B, N] or [B, T, N] when ``index`` is
             None, else [B, k] or [B, T, k].
         index: positions in ``names`` that ``values`` weigh, [B, k] or [B, T, k]; None means all N in order.
-        picks: for each row the names and weights that ``index`` and ``values`` hold, as plain values, where the mix knows
-            them without looking at the input; None else.
+        picks: for each row the names and weights that ``index`` and ``values`` hold, as plain values, where the mix
+            knows them without looking at the input; None else.
     """
 
     names: tuple[str, ...]

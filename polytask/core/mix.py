@@ -183,7 +183,7 @@ class PerRow(Mix):
         there = set(names)
         here = tuple(n for n in self._names if n in there)
         place = {n: i for i, n in enumerate(here)}
-        picks = tuple(tuple((n, w) for n, w in row.items() if n in place) for row in self.rows)
+        picks = tuple(tuple((n, w) for n, w in row.items() if n in place and w != 0.0) for row in self.rows)
         k = max(1, max(len(row) for row in picks))
         index = [[place[n] for n, _ in row] + [0] * (k - len(row)) for row in picks]
         values = [[w for _, w in row] + [0.0] * (k - len(row)) for row in picks]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -206,15 +206,19 @@ class LoRABank(Bank):
 
     def __init__(self, patches: Mapping[str, Patch]) -> None:
         super().__init__(patches)
-        own = self.patches.values()
-        self._plain = all(
-            # a subclass that computes something else is served by the loop over its own `add` and `contribute`
-            p.site.kind == "linear" and (type(p).add, type(p).contribute) == (LoRAPatch.add, LoRAPatch.contribute)
-            for p in own
-        )
-        self._dropouts = [p for p in own if p.form.dropout]
-        self._tensors = [t for p in own for t in (p.A, p.B)]
-        self._rank = max((p.form.rank for p in own), default=0)
+        forms = {name: patch.form for name, patch in self.patches.items()}
+        ranks = {form.rank for form in forms.values()}
+        self._rank, self._uneven = max(ranks), len(ranks) > 1
+        self._dropouts = [self.patches[name] for name, form in forms.items() if form.dropout]
+        # one site has patches of one class; one that computes something else is served by the loop over its own methods
+        kind, site = next((type(patch), patch.site) for patch in self.patches.values())
+        self._site = site.name
+        self._plain = site.kind == "linear" and kind.add is LoRAPatch.add and kind.contribute is LoRAPatch.contribute
+        self._parts: dict[str, tuple[Tensor, Tensor, float]] = {
+            name: (patch._parameters["A"], patch._parameters["B"], forms[name].scale)  # type: ignore[misc]
+            for name, patch in self.patches.items()
+        }
+        self._tensors = [tensor for A, B, _ in self._parts.values() for tensor in (A, B)]
         self._kept: dict[str, tuple[Any, Any]] = {}
         self._layout: tuple[Any, _Layout] | None = None
 
@@ -222,7 +226,7 @@ class LoRABank(Bank):
         if not self._fast or (weights.fixed is not None and len(self.patches) == 1):
             return super().apply(x, y, out, weights, call)
         if weights.picks is not None:
-            return self._picked(x, out, weights.picks)
+            return self._picked(x, out, weights)
         if weights.index is not None and weights.values.dim() == 2:  # type: ignore[union-attr]
             return self._indexed(x, out, weights)
         if weights.fixed is not None:
@@ -245,7 +249,7 @@ class LoRABank(Bank):
         if dense.dim() == 1:
             return out + F.linear(F.linear(x, torch.einsum("n,nri->ri", dense, A)), torch.einsum("n,nor->or", dense, B))
         if dense.dim() == 2:
-            x3, _, per = per_row(x, out, dense.shape[0], next(iter(self.patches.values())).site.name)
+            x3, _, _ = per_row(x, out, dense.shape[0], self._site)
             rows = x3.reshape(dense.shape[0], -1, x3.shape[-1])  # [B, per*T, i]
             h = rows @ torch.einsum("bn,nri->bir", dense, A)
             return out + (h @ torch.einsum("bn,nor->bro", dense, B)).reshape(*x3.shape[:-1], -1)
@@ -288,19 +292,23 @@ class LoRABank(Bank):
         ranks = torch.tensor([p.form.rank for p in patches], device=A.device)
         return A, B, torch.repeat_interleave(torch.arange(len(patches), device=A.device), ranks)
 
-    def _picked(self, x: Tensor, out: Tensor, picks: Picks) -> Tensor:
+    def _picked(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
         """Each row its own adapters, known beforehand.
 
         Stacked factors cost memory traffic, moved rows cost it too: with fewer tokens per row than ranks, rows of the
         same adapters are brought together and share a stacked copy; with more, each row gets its own and stays there.
         """
-        x, out, _ = per_row(x, out, len(picks), next(iter(self.patches.values())).site.name)
+        picks: Picks = weights.picks  # type: ignore[assignment]
+        x, out, _ = per_row(x, out, len(picks), self._site)
         short = x.numel() // (len(picks) * x.shape[-1]) < self._rank
         key = (picks, short, out.device)
         layout = self._layout[1] if self._layout is not None and self._layout[0] == key else None
         again = layout is not None
         if layout is None:
-            layout = _lay_out(picks, self.patches, short, out.device)
+            own = picks
+            if len(self.patches) < len(weights.names):  # the others are of another form
+                own = tuple(tuple(pick for pick in row if pick[0] in self.patches) for row in picks)
+            layout = _lay_out(own, short, out.device)
             self._layout = (key, layout)
         if not any(layout.chunks):
             return out
@@ -308,44 +316,39 @@ class LoRABank(Bank):
         def make() -> tuple[Tensor, Tensor, float | Tensor]:
             return self._stacked(layout.chunks, out.dtype)
 
-        # a mix that acts once (a batch of requests) leaves nothing behind: memory that is used again at once stays in cache
+        # a mix that acts once (a batch of requests) leaves nothing behind: memory used again at once stays in the cache
         A, B, scale = self._keep("picked", (key, out.dtype), make) if again and layout.keep else make()
         return _batched(x, out, A, B, scale, layout)
 
     def _stacked(self, chunks: Picks, dtype: torch.dtype) -> tuple[Tensor, Tensor, float | Tensor]:
-        """For G chunks of rows with up to k adapters: A [G, k*r, i], B [G, k*r, o], and w*s, a number or [G, 1, k*r]."""
-        first = next(iter(self.patches.values()))
-        rank, k = self._rank, max(len(chunk) for chunk in chunks)
-        zero_a = first.A.new_zeros(()).expand(rank, first.A.shape[1])
-        zero_b = first.B.new_zeros(()).expand(first.B.shape[0], rank)
-        left: list[Tensor] = []
-        right: list[Tensor] = []
-        factors: list[float | None] = []  # None where there is no adapter: its factors are zero
-        for chunk in chunks:
-            for name, weight in chunk:
-                patch = self.patches[name]
-                left.append(_pad(patch.A, rank, 0))
-                right.append(_pad(patch.B, rank, 1))
-                factors.append(weight * patch.form.scale)
-            lacking = k - len(chunk)
-            left += [zero_a] * lacking
-            right += [zero_b] * lacking
-            factors += [None] * lacking
-        A = torch.stack(left).to(dtype).view(len(chunks), k * rank, -1)
-        if k == 1:
-            B = torch.stack(right).to(dtype).transpose(1, 2)
+        """For G chunks of rows with up to k adapters: A [G, k*r, i], B [G, k*r, o]; w*s, a number or [G, 1, k*r]."""
+        rank, k = self._rank, max(map(len, chunks))
+        flat = [pick for chunk in chunks for pick in chunk + (None,) * (k - len(chunk))]  # [G*k]
+        parts = self._parts
+        if self._uneven:
+            parts = {name: (_pad(A, rank, 0), _pad(B, rank, 1), scale) for name, (A, B, scale) in parts.items()}
+        if None in flat:
+            A, B, _ = next(iter(parts.values()))
+            zero = (A.new_zeros(()).expand(A.shape), B.new_zeros(()).expand(B.shape), 0.0)
+            used = [zero if pick is None else parts[pick[0]] for pick in flat]
         else:
-            B = torch.stack([b.t() for b in right]).to(dtype).view(len(chunks), k * rank, -1)
-        distinct = {f for f in factors if f is not None}
+            used = [parts[pick[0]] for pick in flat]  # type: ignore[index]
+        A = torch.stack([part[0] for part in used]).to(dtype).view(len(chunks), k * rank, -1)
+        if k == 1:
+            B = torch.stack([part[1] for part in used]).to(dtype).transpose(1, 2)
+        else:
+            B = torch.stack([part[1].t() for part in used]).to(dtype).view(len(chunks), k * rank, -1)
+        scales = [0.0 if pick is None else pick[1] * part[2] for pick, part in zip(flat, used, strict=True)]
+        distinct = {scale for pick, scale in zip(flat, scales, strict=True) if pick is not None}  # zeros take any scale
         if len(distinct) == 1:
             return A, B, distinct.pop()
-        scale = torch.tensor([f or 0.0 for f in factors], dtype=dtype, device=A.device)
+        scale = torch.tensor(scales, dtype=dtype, device=A.device)
         return A, B, scale.repeat_interleave(rank).view(len(chunks), 1, -1)
 
     def _indexed(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
         """Each row its own adapters, chosen by a router: the factors are gathered by index."""
         rows, k = weights.values.shape  # type: ignore[union-attr]
-        x, out, _ = per_row(x, out, rows, next(iter(self.patches.values())).site.name)
+        x, out, _ = per_row(x, out, rows, self._site)
 
         def make() -> tuple[Tensor, Tensor, Tensor]:
             chunks = (*[((name, 1.0),) for name in self.patches], ())  # the last one is zero, for other banks' adapters
@@ -375,26 +378,25 @@ class _Layout:
     keep: bool = True  # whether the stacked factors are few enough to be kept
 
 
-def _lay_out(picks: Picks, here: Container[str], short: bool, device: torch.device) -> _Layout:
+def _lay_out(picks: Picks, short: bool, device: torch.device) -> _Layout:
     """The layout for rows with few tokens (``short``), or many. G is less than three times the number of groups."""
-    own = tuple(tuple(pick for pick in row if pick[0] in here and pick[1] != 0.0) for row in picks)
     groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-    for row, pick in enumerate(own):
+    for row, pick in enumerate(picks):
         groups.setdefault(pick, []).append(row)
-    size = len(own) // len(groups)
+    size = len(picks) // len(groups)
     if size == 1:
-        return _Layout(own)
+        return _Layout(picks)
     chunks, order = [], []
     for pick, rows in groups.items():
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             chunks.append(pick)
             order += part + part[:1] * (size - len(part))  # filled up with a row whose second result nobody reads
-    if order == list(range(len(own))):
+    if order == list(range(len(picks))):
         return _Layout(tuple(chunks))
     if not short:
-        return _Layout(own, keep=False)
-    back = [0] * len(own)
+        return _Layout(picks, keep=False)
+    back = [0] * len(picks)
     for place in reversed(range(len(order))):
         back[order[place]] = place
     return _Layout(tuple(chunks), torch.tensor(order, device=device), torch.tensor(back, device=device))

@@ -23,7 +23,8 @@ from . import pictures as _draw
 
 __all__ = ["Comparison", "pictures", "render"]
 
-_LOWER = frozenset("perplexity ppl loss nll entropy error errors mse rmse mae wer cer ter distance bits".split())
+_LOWER = {"perplexity", "ppl", "loss", "nll", "entropy", "error", "errors", "mse", "rmse", "mae"}
+_LOWER |= {"wer", "cer", "ter", "distance", "bits"}
 
 
 def lower_is_better(measure: str) -> bool:
@@ -102,10 +103,11 @@ class Comparison:
         if not isinstance(rows, Sequence) or not rows:
             raise DataError("the table has no 'rows', so there is nothing to report; give the JSON of polytask compare")
         methods: dict[str, Mapping[str, Any]] = {str(m["method"]): m for m in table.get("methods") or []}
-        tasks = {str(t["name"]): Column(str(t["name"]), str(t.get("metric") or ""), t) for t in table.get("tasks") or []}
+        columns = [Column(str(t["name"]), str(t.get("metric") or ""), t) for t in table.get("tasks") or []]
+        tasks = {column.name: column for column in columns}
         scores: dict[tuple[str, str], Score] = {}
-        for number, row in enumerate(rows):
-            where = f"rows[{number}]"
+        for place, row in enumerate(rows):
+            where = f"rows[{place}]"
             if not isinstance(row, Mapping) or not row.get("method") or not row.get("task"):
                 raise DataError(f"{where} must have a 'method' and a 'task'; it is {row!r}")
             method, task = str(row["method"]), str(row["task"])
@@ -149,7 +151,9 @@ class Comparison:
         """The unweighted mean over the tasks that the method can do, as the table says, else as its rows say."""
         given = _number(self.methods[method].get("average"), f"the average of {method!r}")
         values = self.values(method)
-        return given if given is not None or not values or not self.one_direction else sum(values.values()) / len(values)
+        if given is not None or not values or not self.one_direction:
+            return given
+        return sum(values.values()) / len(values)
 
     def worst(self, method: str) -> tuple[float, str] | None:
         """The method's worst score and its task; the task is empty where no row has that score."""
@@ -249,8 +253,8 @@ COSTS = {
 
 def number(value: float, digits: int = 3) -> str:
     """``0.842``, ``23.41``, ``1,204``: `digits` after the point below ten, fewer above."""
-    size = abs(value)
-    text = f"{value:.2e}" if size >= 1e6 else f"{value:,.{max(0, digits - (size >= 10) - (size >= 100) - (size >= 1e3))}f}"
+    fewer = sum(abs(value) >= step for step in (10, 100, 1000))
+    text = f"{value:,.{max(0, digits - fewer)}f}" if abs(value) < 1e6 else f"{value:.2e}"
     return text.replace("-", "\u2212")
 
 
@@ -323,8 +327,8 @@ def _next(data: Comparison, best: str, second: str) -> str:
         text += f" with {number(data.average(second) or 0.0)}"
     overlaps = [o for t in data.tasks if (o := data.score(best, t).overlaps(data.score(second, t))) is not None]
     if overlaps and all(overlaps):
-        which = "its intervals overlap those of the best on every task" if len(overlaps) > 1 else "the two intervals overlap"
-        text += f"; {which}, so which of the two is better is not clear"
+        where = "intervals overlap on every task" if len(overlaps) > 1 else "two intervals overlap"
+        text += f"; the {where}, so which of the two is better is not clear"
     elif overlaps and len(data.tasks) > 1:
         text += f"; the intervals of the two are apart on {overlaps.count(False)} of {_tasks(data)}"
     return f"{text}."
@@ -339,7 +343,8 @@ def _who(data: Comparison, best: str) -> str:
     base, done = data.base, len(data.values(best))
     over = f"{done} task{'s' * (done != 1)}" if done == len(data.tasks) else f"the {done} of {_tasks(data)} it can do"
     if not data.one_direction:
-        return f"\u201c{best}\u201d is best on {data.wins(best)} of {_tasks(data)}; their metrics have no common average."
+        wins = f"{data.wins(best)} of {_tasks(data)}"
+        return f"\u201c{best}\u201d is best on {wins}; their metrics have no common average."
     mine = data.average(best) or 0.0
     text = f"\u201c{best}\u201d is best on average over {over}: {number(mine)}"
     if len(data.tasks) == 1:
@@ -476,8 +481,8 @@ def _forgetting(data: Comparison) -> dict[str, Any] | None:
     """The rows of the forgetting table with the length of each bar, in per cent of half the bar's cell."""
     given = data.table.get("forgetting") or {}
     rows = []
-    for number_, row in enumerate(given.get("rows") or []):
-        where = f"forgetting.rows[{number_}]"
+    for place, row in enumerate(given.get("rows") or []):
+        where = f"forgetting.rows[{place}]"
         before, after, change = (_number(row.get(key), f"{where}.{key}") for key in ("before", "after", "change"))
         if change is None and before is not None and after is not None:
             change = after - before

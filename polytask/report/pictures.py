@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import math
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -41,6 +43,7 @@ PAINT = {
 }
 INK, MUTED, LINE, PAPER = (PAINT[name][0] for name in ("ink", "muted", "line", "paper"))
 MARKERS = "osD^vP"
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "WenQuanYi Zen Hei", "Arial Unicode MS")
 WIDTH = 10.0
 TEXT, SMALL = 9.0, 7.5  # points
 ROW = 0.225  # height of one method in a panel
@@ -49,20 +52,15 @@ ROW = 0.225  # height of one method in a panel
 @contextmanager
 def _style() -> Iterator[None]:
     """matplotlib's settings while something is measured or drawn; the caller's come back afterwards."""
-    import logging
-
     import matplotlib
     from matplotlib import font_manager
 
     names = {font.name for font in font_manager.fontManager.ttflist}
-    wanted = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "WenQuanYi Zen Hei", "Arial Unicode MS"]
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)
-    import warnings
-
     settings = {
-        "font.family": [name for name in wanted if name in names],
+        "font.family": [name for name in FONTS if name in names],
         "font.size": TEXT,
         "text.parse_math": False,  # a name may hold a dollar sign
         "svg.fonttype": "none",
@@ -155,21 +153,20 @@ def scores(data: Comparison) -> Figure:
     inside = len(data.methods) * ROW + 0.1
     panel = min(5.2, (WIDTH - left - right - gap * (columns - 1)) / columns)
     whole = left + columns * panel + (columns - 1) * gap + right
-    height = 0.2 + rows * (inside + top + foot - 0.3)
+    height = 0.26 + rows * (inside + top + foot - 0.3)
     with _style():
         figure = Figure(figsize=(whole, height))
         for index, task in enumerate(data.tasks):
             x = left + (index % columns) * (panel + gap)
-            y = height - 0.42 - inside - (index // columns) * (inside + top + foot - 0.3)
+            y = height - 0.48 - inside - (index // columns) * (inside + top + foot - 0.3)
             axes = figure.add_axes((x / whole, y / height, panel / whole, inside / height))
             _panel(axes, data, task, _limits(data, task))
-            title = axes.annotate(
-                fit(task.name, panel + gap / 2, TEXT + 2), (0, 1), (0, 18), "axes fraction", "offset points", va="baseline"
-            )
-            title.set(fontsize=TEXT + 1, fontweight="semibold", color=INK)
-            axes.annotate(
-                fit(_metric(task), panel, SMALL), (0, 1), (0, 6), "axes fraction", "offset points", va="baseline"
-            ).set(fontsize=SMALL, color=MUTED)
+            title, metric = fit(task.name, panel + gap / 2, TEXT + 2), fit(_metric(task), panel, SMALL)
+            for text, rise, look in (
+                (title, 18, {"fontsize": TEXT + 1, "fontweight": "semibold"}),
+                (metric, 6, {"fontsize": SMALL, "color": MUTED}),
+            ):
+                axes.annotate(text, (0, 1), (0, rise), "axes fraction", "offset points", va="baseline", **look)
             if index % columns == 0:
                 for place, method in enumerate(data.methods):
                     axes.annotate(
@@ -230,7 +227,8 @@ def _panel(axes: Axes, data: Comparison, task: Column, limits: tuple[float, floa
         if score.value is not None:
             number = _short(score.value)
             if score.interval:
-                axes.plot(score.interval, (place, place), color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+                bar = {"linewidth": 2.2, "solid_capstyle": "round", "alpha": 0.55}
+                axes.plot(score.interval, (place, place), color=colour, **bar)
             face = PAPER if method == data.base else colour
             axes.plot(
                 [score.value], [place], marker, color=colour, markersize=5.5, markerfacecolor=face, markeredgewidth=1.4
@@ -397,8 +395,8 @@ def svg(figure: Figure, prefix: str, alt: str) -> str:
     view = re.search(r'viewBox="[^"]*"', head)
     wide = round(figure.get_figwidth() * 100)
     size = f'style="width: {wide}px; min-width: {min(wide, 640)}px"'
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0] if view else ""}'
-    return f'{frame} {size} role="img" aria-label="{html.escape(alt)}">{body}'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} {view[0] if view else ""} {size} role="img" aria-label="{html.escape(alt)}">{body}'
 
 
 def png(figure: Figure) -> bytes:

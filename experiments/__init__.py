@@ -1,0 +1,1 @@
+"""Comparisons on real data, reported as they fall. One YAML each; ``python -m experiments FILE``."""
