@@ -20,7 +20,7 @@ EPOCHS, RATE, LONGEST = 3, 1e-3, 64
 
 
 def texts(train: int) -> Any:
-    """Pairs of reviews with the same verdict, as one text of about 64 tokens: train from train reviews, test from test reviews."""
+    """Pairs of reviews with the same verdict as one text of about 64 tokens; train and test come from the task's own splits."""
     import random
 
     import polytask as pt
@@ -40,7 +40,12 @@ def texts(train: int) -> Any:
         return made
 
     return pt.Task(
-        name="reviews", kind="classify", train=pairs(task.train, train), dev=[], test=pairs(task.test, 300), labels=task.labels
+        name="reviews",
+        kind="classify",
+        train=pairs(task.train, train),
+        dev=[],
+        test=pairs(task.test, 300),
+        labels=task.labels,
     )
 
 
@@ -59,7 +64,12 @@ def ours(train: int, precision: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     model.attach(adapter, "a")
     score = pt.evaluate(model, task, "a", longest=LONGEST, resamples=0)
-    return {"seconds": seconds, "peak_mb": peak.mb, "accuracy": score.value, "precision": adapter.card.training["precision"]}
+    return {
+        "seconds": seconds,
+        "peak_mb": peak.mb,
+        "accuracy": score.value,
+        "precision": adapter.card.training["precision"],
+    }
 
 
 def peers(train: int, precision: str) -> dict[str, Any]:
@@ -136,7 +146,10 @@ BENCHMARKS = (learn_auto, learn_fp32)
 
 def _once(side: str, train: int, precision: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.learn", side, str(train), precision], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.learn", side, str(train), precision],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
     return found

@@ -39,7 +39,14 @@ def tasks_of(config: dict[str, Any], seed: int) -> list[Any]:
         if not dev:
             dev = train[sizes["train"] :]
         made.append(
-            pt.Task(**{**vars(task), "train": train[: sizes["train"]], "dev": dev[: sizes["dev"]], "test": test[: sizes["test"]]})
+            pt.Task(
+                **{
+                    **vars(task),
+                    "train": train[: sizes["train"]],
+                    "dev": dev[: sizes["dev"]],
+                    "test": test[: sizes["test"]],
+                }
+            )
         )
     return made
 
@@ -97,7 +104,11 @@ def page_of(config: dict[str, Any], tables: list[dict[str, Any]], file: Path) ->
         cells = [_cell(tables, method, name) for name in names]
         means = [next(m["average"] for m in t["methods"] if m["method"] == method) for t in tables]
         lines.append(f"| {method} | {' | '.join(cells)} | {_mean(means)} |")
-    lines += ["", "| method | trained parameters | bytes | seconds | peak memory, MB | forgot |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| method | trained parameters | bytes | seconds | peak memory, MB | forgot |",
+        "|---|---|---|---|---|---|",
+    ]
     for method in methods:
         found = [next(m for m in t["methods"] if m["method"] == method) for t in tables]
         forgot = [m["forgot"] for m in found if m["forgot"] is not None]
@@ -107,11 +118,15 @@ def page_of(config: dict[str, Any], tables: list[dict[str, Any]], file: Path) ->
             f"{_mean(forgot) if forgot else '-'} |"
         )
     lines += ["", f"Forgot: change of the {tables[0]['forgetting'].get('measure', 'base')}.", ""]
-    lines += ["Every adapter on every task (probe on frozen features), change against the bare base, mean over seeds:", ""]
+    lines += [
+        "Every adapter on every task (probe on frozen features), change against the bare base, mean over seeds:",
+        "",
+    ]
     lines += [f"| adapter | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for i, adapter in enumerate(tables[0]["cross"]["adapters"]):
         changes = [
-            statistics.mean(t["cross"]["values"][i][j] - t["cross"]["base"][j] for t in tables) for j in range(len(names))
+            statistics.mean(t["cross"]["values"][i][j] - t["cross"]["base"][j] for t in tables)
+            for j in range(len(names))
         ]
         lines.append(f"| {adapter} | {' | '.join(f'{c:+.3f}' for c in changes)} |")
     lines += ["", config.get("reading", "").strip(), ""]

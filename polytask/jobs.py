@@ -72,7 +72,12 @@ def compare(
 
 
 def learn_each(
-    model: Model, tasks: Sequence[Task], *, out: str | Path, say: Callable[[str], None] = lambda text: None, **options: Any
+    model: Model,
+    tasks: Sequence[Task],
+    *,
+    out: str | Path,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
 ) -> list[Adapter]:
     """One adapter per task, one run after another; those that the folder already has from the same call are not made again.
 

@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "tasks"
 @pytest.fixture(scope="session")
 def minilm_tokenizer():
     import transformers
+
     from polytask.core.load import ALIASES
 
     return transformers.AutoTokenizer.from_pretrained(ALIASES["minilm"]())
@@ -92,7 +93,9 @@ def colours(n: int = 24, name: str = "colours", start: int = 0) -> pt.Task:
     rows = []
     for i in range(start, start + n):
         colour = "red" if i % 2 else "blue"
-        rows.append(Example((f"the {nouns[i % 8]} number {i} is {colour} today",), colour, where=f"{name}.jsonl:{i + 1}"))
+        rows.append(
+            Example((f"the {nouns[i % 8]} number {i} is {colour} today",), colour, where=f"{name}.jsonl:{i + 1}")
+        )
     return pt.Task(
         name=name, kind="classify", train=rows[: n // 2], dev=rows[n // 2 : 3 * n // 4], test=rows[3 * n // 4 :],
         labels=("blue", "red"), metric="accuracy",

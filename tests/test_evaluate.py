@@ -42,7 +42,9 @@ def test_the_bare_base_of_an_encoder_is_a_probe(encoder):
     found = pt.evaluate(encoder, task)
     assert found.metric == "accuracy" and found.n == 20 and found.low <= found.value <= found.high
     fitted = probe(encoder, task)
-    assert fitted.predict(encoder, task.train) == [e.target for e in task.train]  # 40 points in 32 dimensions: separable
+    assert fitted.predict(encoder, task.train) == [
+        e.target for e in task.train
+    ]  # 40 points in 32 dimensions: separable
 
 
 def test_an_adapter_that_does_nothing_scores_as_its_head_on_the_base(encoder, task):
@@ -70,7 +72,8 @@ def test_probes_of_every_kind(encoder):
 
 def test_label_words_equal_the_likelihood_by_hand(decoder):
     """The chosen label is the one whose tokens are likeliest after the prompt, computed without padding or batching."""
-    task = pt.Task(name="t", kind="classify", train=[], dev=[], test=[Example(("abc",), "yes"), Example(("a much longer one",), "maybe")],
+    test = [Example(("abc",), "yes"), Example(("a much longer one",), "maybe")]
+    task = pt.Task(name="t", kind="classify", train=[], dev=[], test=test,
                    labels=("maybe", "no", "yes"), instruction="say")  # fmt: skip
     found = pt.evaluate(decoder, task, keep=True).predictions
     for example, answer in zip(task.test, found, strict=True):
@@ -123,7 +126,13 @@ def test_compare_puts_everything_side_by_side(encoder, library, tmp_path):
     encoder.attach(adapters[0], "mine")  # what is attached stays
     table = pt.compare(encoder, adapters, tasks, resamples=50)
     assert encoder.attached == ("mine",) and encoder.mix is None
-    assert [m["method"] for m in table.methods] == ["majority", "base + probe", "adapter per task", "joint", "average of adapters"]
+    assert [m["method"] for m in table.methods] == [
+        "majority",
+        "base + probe",
+        "adapter per task",
+        "joint",
+        "average of adapters",
+    ]
     assert len(table.rows) == 10 and all(r["low"] <= r["value"] <= r["high"] for r in table.rows)
     encoder.attach(adapters[1], "second")
     own = pt.evaluate(encoder, tasks[1], "second")

@@ -42,7 +42,9 @@ def test_learning_changes_the_adapter_and_nothing_else(encoder, task):
 
 def test_an_adapter_learns(encoder):
     task = colours(80)
-    adapter = pt.learn(encoder, task, form=pt.LoRA(rank=8), epochs=12, lr=1e-2, batch_size=8, head_start="random", progress=False)
+    adapter = pt.learn(
+        encoder, task, form=pt.LoRA(rank=8), epochs=12, lr=1e-2, batch_size=8, head_start="random", progress=False
+    )
     encoder.attach(adapter, "a")
     assert pt.evaluate(encoder, task, "a").value > 0.9
     assert adapter.head.labels == ("blue", "red")
@@ -99,9 +101,19 @@ def test_full_form_is_fine_tuning(encoder, task):
 
 def test_accumulated_batches_are_one_large_batch(encoder):
     task = colours(32)
-    whole = pt.learn(encoder, task, epochs=1, batch_size=8, schedule="constant", warmup=0.0, max_grad_norm=0.0, progress=False)
+    whole = pt.learn(
+        encoder, task, epochs=1, batch_size=8, schedule="constant", warmup=0.0, max_grad_norm=0.0, progress=False
+    )
     parts = pt.learn(
-        encoder, task, epochs=1, batch_size=4, accumulate=2, schedule="constant", warmup=0.0, max_grad_norm=0.0, progress=False
+        encoder,
+        task,
+        epochs=1,
+        batch_size=4,
+        accumulate=2,
+        schedule="constant",
+        warmup=0.0,
+        max_grad_norm=0.0,
+        progress=False,
     )
     assert whole.card.training["steps"] == parts.card.training["steps"] == 2
 
@@ -140,7 +152,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(encoder, task, tmp_path, monkeyp
     resumed = pt.learn(encoder, task, form=form, out=tmp_path / "run", **QUICK)
     assert resumed.hash == straight.hash
     assert not (tmp_path / "run" / ".learning").exists()
-    steps = [json.loads(line).get("loss") and json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open()]
+    steps = [
+        json.loads(line).get("loss") and json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").open()
+    ]
     assert [s for s in steps if s] == [1, 2, 3, 4, 5, 6]
 
 
@@ -231,7 +245,14 @@ def test_encoders_learn_every_kind_they_can(encoder, kind):
     }[kind]
     choices = ("blue thing", "red thing") if kind == "choose" else ()
     made = [Example((t,), y, choices=choices) for t, y in zip(texts, targets, strict=True)]
-    task = pt.Task(name=kind, kind=kind, train=made[:12], dev=made[12:18], test=made[18:], labels=("big", "red") if kind == "multilabel" else ())
+    task = pt.Task(
+        name=kind,
+        kind=kind,
+        train=made[:12],
+        dev=made[12:18],
+        test=made[18:],
+        labels=("big", "red") if kind == "multilabel" else (),
+    )
     adapter = pt.learn(encoder, task, **QUICK)
     encoder.attach(adapter, "a")
     found = pt.evaluate(encoder, task, "a", keep=True)
@@ -325,7 +346,17 @@ def test_the_card_says_how_it_was_made(encoder, task):
     card = pt.learn(encoder, task, **QUICK).card
     assert card.base["fingerprint"] == encoder.fingerprint
     assert card.tasks[0]["name"] == "colours" and card.tasks[0]["hash"] == task.hash
-    assert {"precision", "precision_because", "seconds", "steps", "best_step", "lr", "stage", "signature", "peak_mb"} <= set(card.training)
+    assert {
+        "precision",
+        "precision_because",
+        "seconds",
+        "steps",
+        "best_step",
+        "lr",
+        "stage",
+        "signature",
+        "peak_mb",
+    } <= set(card.training)
     assert pt.Stage.of(card.training["stage"]).schedule.epochs == 2
     assert "dev/colours" in card.metrics
 

@@ -18,8 +18,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from polytask.core.errors import ConfigError, DataError
-from polytask.core.task import KINDS, Task
-from polytask.core.task import METRICS as DEFAULTS
 from polytask.core.metrics import (
     METRICS,
     Score,
@@ -30,6 +28,8 @@ from polytask.core.metrics import (
     paired_difference,
     score,
 )
+from polytask.core.task import KINDS, Task
+from polytask.core.task import METRICS as DEFAULTS
 
 LABELS = ("bad", "fine", "good", "never")  # the last does not occur
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "far", "from", "my", "small", "dog"]

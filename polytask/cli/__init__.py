@@ -26,7 +26,9 @@ def main() -> None:
             raise
         _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # what the parser of flags says, click's or typer's own
+        if hasattr(error, "show") and hasattr(
+            error, "exit_code"
+        ):  # what the parser of flags says, click's or typer's own
             error.show()
             sys.exit(2)
         if type(error).__name__ == "Abort":

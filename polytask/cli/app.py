@@ -68,12 +68,18 @@ def _notes(found: list[Any]) -> None:
 def learn(
     tasks: Tasks = "",
     base: Base = "minilm",
-    out: Annotated[str, typer.Option("--out", help="Folder for the adapters; an interrupted run goes on from there.")] = "lib",
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for the adapters; an interrupted run goes on from there.")
+    ] = "lib",
     form: Annotated[str, typer.Option("--form", help="What learns: lora, or lora:rank=8,alpha=16.")] = "lora",
-    sites: Annotated[str | None, typer.Option("--sites", help="Selector of where, as 'attention & depth>=0.5'.")] = None,
+    sites: Annotated[
+        str | None, typer.Option("--sites", help="Selector of where, as 'attention & depth>=0.5'.")
+    ] = None,
     joint: Annotated[bool, typer.Option("--joint", help="One adapter for all tasks.")] = False,
     together: Annotated[bool, typer.Option("--together", help="One adapter per task, in one run.")] = False,
-    sampling: Annotated[str, typer.Option("--sampling", help="Of joint tasks: proportional, equal, temperature.")] = "proportional",
+    sampling: Annotated[
+        str, typer.Option("--sampling", help="Of joint tasks: proportional, equal, temperature.")
+    ] = "proportional",
     start: Annotated[str | None, typer.Option("--start", help="Folder of an adapter to go on from.")] = None,
     seed: Seed = 0,
     tracker: Annotated[str | None, typer.Option("--tracker", help="tensorboard or wandb.")] = None,
@@ -102,7 +108,9 @@ def learn(
         made = run(model, found, together=True, out=out, **common)
     else:
         made = learn_each(model, found, out=out, say=_say, **common)
-    records = [{"adapter": a.name, "folder": str(Path(out) / a.name), "parameters": a.size, **a.card.as_dict()} for a in made]
+    records = [
+        {"adapter": a.name, "folder": str(Path(out) / a.name), "parameters": a.size, **a.card.as_dict()} for a in made
+    ]
     lines = []
     for adapter in made:
         training, metrics = adapter.card.training, adapter.card.metrics
@@ -119,8 +127,12 @@ def learn(
 def evaluate(
     tasks: Tasks = "",
     base: Base = "minilm",
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="Folder of an adapter, or name=folder; repeatable.")] = None,
-    mix: Annotated[str | None, typer.Option("--mix", help="Which acts: a name, or a=0.6,b=0.4. The only adapter by default.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="Folder of an adapter, or name=folder; repeatable.")
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option("--mix", help="Which acts: a name, or a=0.6,b=0.4. The only adapter by default.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="test, dev or train.")] = "test",
     metric: Annotated[str | None, typer.Option("--metric", help="Another metric than the task's.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per forward.")] = 32,
@@ -217,7 +229,11 @@ def _inspected(adapter: Adapter, problems: list[str]) -> str:
     lines += [f"head {name}: {head.settings()}" for name, head in adapter.heads.items()]
     lines += [f"learned from {t.get('name')}: {t.get('sizes')}" for t in card.tasks]
     lines += [f"{name}: {value}" for name, value in card.metrics.items()]
-    training = {k: card.training.get(k) for k in ("steps", "best_step", "seconds", "precision", "peak_mb", "lr") if k in card.training}
+    training = {
+        k: card.training.get(k)
+        for k in ("steps", "best_step", "seconds", "precision", "peak_mb", "lr")
+        if k in card.training
+    }
     lines += [f"training: {training}"] if training else []
     lines += [f"cannot be served by vLLM as it is: {p}" for p in problems] or ["can be served by vLLM as it is"]
     return "\n".join(lines)
@@ -267,7 +283,9 @@ def sites(
         f"{'x'.join(map(str, site.shape)) or '-':<12} {'' if site.layer is None else f'layer {site.layer}'}".rstrip()
         for site in picked
     ]
-    _show([{"name": site.name, **site.as_dict()} for site in picked], as_json, "\n".join([*lines, f"{len(picked)} sites"]))
+    _show(
+        [{"name": site.name, **site.as_dict()} for site in picked], as_json, "\n".join([*lines, f"{len(picked)} sites"])
+    )
 
 
 @app.command()
@@ -299,7 +317,8 @@ def forms(
 def _form_record(kind: Any, model: Model | None) -> dict[str, Any]:
     summary = (kind.__doc__ or "").strip().split("\n")[0]
     record = {
-        "name": kind.name, "summary": summary, "paper": kind.paper, "kinds": list(kind.kinds), "default_sites": kind.default_sites,
+        "name": kind.name, "summary": summary, "paper": kind.paper, "kinds": list(kind.kinds),
+        "default_sites": kind.default_sites,
         "mergeable": kind.mergeable, "in_peft": kind.in_peft, "settings": kind().settings(),
     }  # fmt: skip
     if model is not None:

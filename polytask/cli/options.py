@@ -39,7 +39,9 @@ def flags_of(settings: type[Settings]) -> list[inspect.Parameter]:
         option = typer.Option("--" + name.replace("_", "-"), help=texts.get(name, "").replace("``", ""))
         kind: Any = field.annotation
         made.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[_flag(kind), option])
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[_flag(kind), option]
+            )
         )
     return made
 
@@ -79,7 +81,9 @@ def configurable(*groups: type[Settings]) -> Callable[[Callable[..., Any]], Call
     return decorate
 
 
-def _with_file(values: dict[str, Any], file: Path, ctx: typer.Context, known: list[inspect.Parameter]) -> dict[str, Any]:
+def _with_file(
+    values: dict[str, Any], file: Path, ctx: typer.Context, known: list[inspect.Parameter]
+) -> dict[str, Any]:
     kinds = {p.name: p.annotation for p in known}
     problems = []
     merged = dict(values)

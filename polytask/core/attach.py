@@ -122,23 +122,23 @@ class Slot:
         self.patches: dict[str, Patch] = {}
         self.names: tuple[str, ...] = ()
         self.acted = False  # whether the module's last call added the mix; `_outer` asks
-        self._prefers = False  # whether some patch would rather change the weight
+        self._prefers = 0  # how many patches would rather change the weight
         self._banks: tuple[tuple[str, ...], list[Bank]] | None = None
         self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
     def put(self, name: str, patch: Patch) -> None:
         """Adds an adapter's patch."""
         self.patches[name] = patch.bound(self.module, self.site)
+        self._prefers += patch.form.acts == "weight"
         self._changed()
 
     def take(self, name: str) -> None:
         """Removes an adapter's patch."""
-        del self.patches[name]
+        self._prefers -= self.patches.pop(name).form.acts == "weight"
         self._changed()
 
     def _changed(self) -> None:
         self.names = tuple(self.patches)
-        self._prefers = any(patch.form.acts == "weight" for patch in self.patches.values())
         self.forget()
 
     @property

@@ -5,7 +5,6 @@ Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapte
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -239,9 +238,10 @@ class Patch(nn.Module):
 
     def bound(self, base: nn.Module, site: Site) -> Self:
         """A view of this patch (the same parameter objects) that acts on ``base``, the module of ``site``."""
-        view = copy.copy(self)
-        view.__dict__["base"] = base  # past nn.Module.__setattr__: the base is not a child of its adapter
-        view.site = site
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        # past nn.Module.__setattr__: the base is not a child of its adapter
+        view.__dict__.update(base=base, site=site)
         return view
 
     def misfit(self, site: Site) -> str:

@@ -80,7 +80,9 @@ class Head(nn.Module):
             raise AdapterError(f"the head {settings.get('name')!r} is not known; known are {listing(kinds)}")
         return kind(**chosen)  # type: ignore[no-any-return]
 
-    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+    def rows(
+        self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None
+    ) -> list[Row]:
         """Examples made ready.
 
         Args:
@@ -140,7 +142,9 @@ class LinearHead(Head):
             "center": self.center, "spread": self.spread,
         }  # fmt: skip
 
-    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+    def rows(
+        self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None
+    ) -> list[Row]:
         if examples and examples[0].image is not None:
             pixels = images(model, examples)
             return [Row(pixels=p, target=self._target(e)) for p, e in zip(pixels, examples, strict=True)]
@@ -224,7 +228,9 @@ class WordsHead(Head):
         """The candidates of an example."""
         return self.labels if self.task == "classify" else example.choices
 
-    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+    def rows(
+        self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None
+    ) -> list[Row]:
         made = []
         for example in examples:
             answers = self.answers(example)
@@ -268,7 +274,9 @@ class TextHead(Head):
             "longest_answer": self.longest_answer,
         }  # fmt: skip
 
-    def rows(self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None) -> list[Row]:
+    def rows(
+        self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None
+    ) -> list[Row]:
         made = []
         for example in examples:
             if self.task == "lm":
@@ -347,11 +355,15 @@ def limit(model: Model, longest: int | None) -> int:
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # RoBERTa's positions start behind the padding token
-        bounds.append(positions - (2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0))
+        bounds.append(
+            positions - (2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else 0)
+        )
     return int(min(bounds))
 
 
-def tokens(model: Model, texts: Sequence[tuple[str, ...]], longest: int | None) -> tuple[list[list[int]], list[list[int]]]:
+def tokens(
+    model: Model, texts: Sequence[tuple[str, ...]], longest: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
     """Ids and token types of one text or a pair each, truncated and not padded."""
     tokenizer = _tokenizer(model)
     if not texts:

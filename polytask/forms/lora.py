@@ -233,10 +233,12 @@ class LoRABank(Bank):
             A, B = self._keep("fixed", (weights.fixed, out.dtype, out.device), lambda: self._fixed(weights, out.dtype))
             return _plus(out, F.linear(x.to(A.dtype), A), B)
         A, B, owner = self._keep("side by side", (out.dtype, out.device), lambda: self._side_by_side(out.dtype))
-        h = F.linear(x.to(A.dtype), A)  # [..., R]
         scale = weights.dense()[..., [weights.names.index(name) for name in self.patches]]  # [N], [B, N] or [B, T, N]
         if scale.dim() == 2:
-            scale = scale.reshape(scale.shape[0], *[1] * (h.dim() - 2), scale.shape[1])
+            x, out, per = per_row(x, out, scale.shape[0], self._site)
+            scale = scale.repeat_interleave(per, 0) if per > 1 else scale
+            scale = scale.reshape(scale.shape[0], *[1] * (x.dim() - 2), scale.shape[1])
+        h = F.linear(x.to(A.dtype), A)  # [..., R]
         return _plus(out, h * scale[..., owner].to(h.dtype), B)
 
     def average(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
@@ -355,7 +357,8 @@ class LoRABank(Bank):
             A, B, scale = self._stacked(chunks, out.dtype)
             places = {name: i for i, name in enumerate(self.patches)}
             place = [places.get(name, len(places)) for name in weights.names]
-            return A, B * scale, torch.tensor(place, device=out.device)
+            scaled = B * (scale.transpose(1, 2) if isinstance(scale, Tensor) else scale)  # [N + 1, r, o]
+            return A, scaled, torch.tensor(place, device=out.device)
 
         # [N + 1, r, i], [N + 1, r, o], [N]
         A, B, place = self._keep("indexed", (weights.names, out.dtype, out.device), make)

@@ -47,7 +47,7 @@ def save(folder: Path, courses: Sequence[Course], key: str) -> None:
             {
                 "step": course.step, "worse": course.worse, "stopped": course.stopped, "scores": course.scores,
                 "best": course.best[:2] if course.best else None,
-                "scheduler": {k: v for k, v in course.scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "_last_lr")},
+                "scheduler": {k: course.scheduler.state_dict()[k] for k in ("last_epoch", "_step_count", "_last_lr")},
             }
         )  # fmt: skip
     name = f"state-{courses[0].step}.safetensors"
@@ -91,7 +91,9 @@ def restore(folder: Path, courses: Sequence[Course], key: str) -> bool:
             number, part = name.split("/")
             full["state"].setdefault(int(number), {})[part] = value
         course.optimiser.load_state_dict(full)
-        course.scheduler.__dict__.update(kept["scheduler"])  # load_state_dict would ask for the schedule's function as well
+        course.scheduler.__dict__.update(
+            kept["scheduler"]
+        )  # load_state_dict would ask for the schedule's function as well
         for group, lr in zip(course.optimiser.param_groups, kept["scheduler"]["_last_lr"], strict=True):
             group["lr"] = lr
     torch.set_rng_state(tensors["rng"])

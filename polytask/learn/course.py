@@ -91,7 +91,12 @@ class Course:
         if number not in self._epochs:
             self._epochs = {
                 number: plan.epoch(
-                    self._lengths, self.schedule.batch_size, self.stage.seed, number, self.stage.sampling, self.stage.temperature
+                    self._lengths,
+                    self.schedule.batch_size,
+                    self.stage.seed,
+                    number,
+                    self.stage.sampling,
+                    self.stage.temperature,
                 )
             }
         return self._epochs[number]

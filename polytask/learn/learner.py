@@ -18,7 +18,7 @@ from polytask.core import attach as _attach
 from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, LearnError
 from polytask.core.files import CONFIG
-from polytask.core.form import Call, Form
+from polytask.core.form import Form
 from polytask.core.head import Head, LinearHead, Out, Row, collate, head_for, split, trunk
 from polytask.core.measure import peak_memory
 from polytask.core.mix import PerRow, Single
@@ -190,10 +190,19 @@ class Run:
             if self._learned():
                 return
             resumed = self.out is not None and checkpoint.restore(self.out, self.courses, self.key)
-            with precision.lowered(self.model.module, torch.bfloat16 if chosen == "bf16" else None), stoppable() as stop:
+            with (
+                precision.lowered(self.model.module, torch.bfloat16 if chosen == "bf16" else None),
+                stoppable() as stop,
+            ):
                 self._loop(stop, resumed)
-        self._finish({"precision": chosen, "precision_because": why, "seconds": round(time.perf_counter() - started, 2),
-                      "peak_mb": round(peak.mb, 1) if peak.mb else None})
+        self._finish(
+            {
+                "precision": chosen,
+                "precision_because": why,
+                "seconds": round(time.perf_counter() - started, 2),
+                "peak_mb": round(peak.mb, 1) if peak.mb else None,
+            }
+        )
 
     def _learned(self) -> bool:
         """Whether the folder already has what this run would give; then that is taken."""
@@ -348,7 +357,9 @@ class Run:
             checkpoint.clear(self.out)
             kept = f" The last good adapter is in {self.out}."
         step = max(course.step for course, _, _ in drawn)
-        return LearnError(f"{what} at step {step + 1}, in the batch with {where}.{kept} Try a lower lr, or look at these rows")
+        return LearnError(
+            f"{what} at step {step + 1}, in the batch with {where}.{kept} Try a lower lr, or look at these rows"
+        )
 
     @contextmanager
     def _memory(self, drawn: Sequence[tuple[Course, Sequence[tuple[int, int]], int]]) -> Iterator[None]:
@@ -401,7 +412,12 @@ class Run:
                 course.adapter.load_state(course.best[2])
             card = course.adapter.card
             card.tasks = [{**task.summary(), "hash": task.hash} for task in course.tasks]
-            card.metrics = {f"dev/{k}": v for s in course.scores if course.best and s["step"] == course.best[1] for k, v in s["dev"].items()}
+            card.metrics = {
+                f"dev/{k}": v
+                for s in course.scores
+                if course.best and s["step"] == course.best[1]
+                for k, v in s["dev"].items()
+            }
             card.training = {
                 **facts, "signature": self.key, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
                 "trained_parameters": sum(p.numel() for p in course.adapter.parameters()), "lr": course.lr,

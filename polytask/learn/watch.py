@@ -29,7 +29,14 @@ class Watch:
     """
 
     def __init__(
-        self, total: int, *, done: int = 0, folder: Path | None = None, show: bool = False, title: str = "", tracker: Any = None
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        folder: Path | None = None,
+        show: bool = False,
+        title: str = "",
+        tracker: Any = None,
     ) -> None:
         self.total, self.folder, self.tracker = total, folder, tracker
         self.started = self._last = time.perf_counter()
