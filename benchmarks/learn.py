@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "tasks" / "review-sentiment"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "tasks" / "question-type"
 EPOCHS, RATE, LONGEST = 3, 1e-3, 64
 
 
 def texts(train: int) -> Any:
-    """Pairs of reviews with the same verdict as one text of about 64 tokens; train and test come from the task's own splits."""
+    """Five questions of the same kind as one text of about 64 tokens; train and test come from the task's own splits."""
     import random
 
     import polytask as pt
@@ -29,22 +29,22 @@ def texts(train: int) -> Any:
     task = pt.Task.read(EXAMPLES)
     drawn = random.Random(0)
 
-    def pairs(examples: list[Example], count: int) -> list[Example]:
+    def joined(examples: list[Example], count: int) -> list[Example]:
         by_label: dict[str, list[str]] = {}
         for example in examples:
             by_label.setdefault(example.target, []).append(example.inputs[0])
         made = []
         for i in range(count):
             label = task.labels[i % len(task.labels)]
-            made.append(Example((" ".join(drawn.sample(by_label[label], 2)),), label))
+            made.append(Example((" ".join(drawn.sample(by_label[label], 5)),), label))
         return made
 
     return pt.Task(
-        name="reviews",
+        name="questions",
         kind="classify",
-        train=pairs(task.train, train),
+        train=joined(task.train, train),
         dev=[],
-        test=pairs(task.test, 300),
+        test=joined(task.test, 300),
         labels=task.labels,
     )
 

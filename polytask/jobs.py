@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask.core.adapter import Adapter
+from polytask.core.errors import MemoryLimitError
 from polytask.core.model import Model
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
@@ -60,10 +61,16 @@ def compare(
     def train() -> Adapter:
         first = next(iter(found.values()))
         stage = first.card.training.get("stage", {})
-        made: Adapter = learn(
-            base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
-            **stage.get("schedule", {}),
-        )  # fmt: skip
+        try:
+            made: Adapter = learn(
+                base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
+                **stage.get("schedule", {}),
+            )  # fmt: skip
+        except MemoryLimitError as error:
+            raise MemoryLimitError(
+                f"joint training with the settings of the adapter {first.name!r}: {error}. Learn that adapter again with "
+                "such settings, or leave joint training out with joint=False (--no-joint)"
+            ) from error
         return made
 
     wanted = joint if isinstance(joint, Adapter) else train if joint and len(chosen) > 1 else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +32,11 @@ def minilm_tokenizer():
 @pytest.fixture
 def encoder(minilm_tokenizer):
     """A tiny BERT with a real tokenizer, mean-pooled."""
+    return tiny_bert(minilm_tokenizer)
+
+
+def tiny_bert(tokenizer) -> pt.Model:
+    """What `encoder` is; the same weights each time."""
     import transformers
 
     with torch.random.fork_rng():
@@ -38,7 +46,7 @@ def encoder(minilm_tokenizer):
             max_position_embeddings=128, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
         )  # fmt: skip
         module = transformers.BertModel(config).eval()
-    return pt.Model(module, minilm_tokenizer, name="tiny-bert", pooling="mean")
+    return pt.Model(module, tokenizer, name="tiny-bert", pooling="mean")
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +113,50 @@ def colours(n: int = 24, name: str = "colours", start: int = 0) -> pt.Task:
 @pytest.fixture
 def task() -> pt.Task:
     return colours()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+    from polytask.cli import main
+
+    def go(*arguments):
+        monkeypatch.setattr(sys, "argv", ["polytask", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def saved_base(minilm_tokenizer, tmp_path_factory):
+    """`encoder` as a folder, made once."""
+    folder = tmp_path_factory.mktemp("saved") / "base"
+    model = tiny_bert(minilm_tokenizer)
+    model.module.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(saved_base, tmp_path):
+    """A tiny base as a folder, which a test may change."""
+    return shutil.copytree(saved_base, tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two small tasks as folders of JSON lines: ``one`` and ``two``."""
+    folder = tmp_path / "tasks"
+    for number, name in enumerate(("one", "two")):
+        task = colours(40, name, start=100 * number)
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            rows = [json.dumps({"text": e.inputs[0], "label": e.target}) for e in getattr(task, split)]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
 
 
 def same_state(before: dict, module: torch.nn.Module) -> bool:

@@ -8,47 +8,10 @@ import sys
 
 import pytest
 import yaml
-from conftest import colours
 
 import polytask as pt
-from polytask.cli import main
 
 COMMANDS = ("learn", "evaluate", "compare", "inspect", "tasks", "sites", "forms")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def go(*arguments):
-        monkeypatch.setattr(sys, "argv", ["polytask", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return go
-
-
-@pytest.fixture
-def base(encoder, tmp_path):
-    """A tiny base as a folder."""
-    folder = tmp_path / "base"
-    encoder.module.save_pretrained(folder)
-    encoder.processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path):
-    folder = tmp_path / "tasks"
-    for number, name in enumerate(("one", "two")):
-        task = colours(40, name, start=100 * number)
-        (folder / name).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            rows = [json.dumps({"text": e.inputs[0], "label": e.target}) for e in getattr(task, split)]
-            (folder / name / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
 
 
 def test_learn_evaluate_compare_inspect(run, base, data, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 def main() -> None:
@@ -11,15 +12,18 @@ def main() -> None:
     from polytask.core.errors import ConfigError, PolytaskError
 
     from .app import app
+    from .streams import flush
 
+    # torch's threads wait by spinning; where another program holds a core, that makes every step several times slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = os.environ.get("POLYTASK_DEBUG", "") not in ("", "0")
     try:
         code = app(standalone_mode=False)
+        flush()
         sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
         _fail("interrupted", 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PolytaskError as error:
         if debug:
@@ -36,9 +40,13 @@ def main() -> None:
         if debug:
             raise
         text = str(error).strip().split("\n")[0]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
+            _fail(f"out of memory ({text or type(error).__name__}); lower --batch-size, or choose a smaller base", 1)
         _fail(f"{type(error).__name__}: {text} (not expected; POLYTASK_DEBUG=1 shows where)", 1)
 
 
 def _fail(text: str, code: int) -> None:
-    print(f"polytask: {text}", file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):  # nobody reads it: the code has to do
+            print(f"polytask: {text}", file=sys.stderr)
     sys.exit(code)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polytask.core.errors import ConfigError
+from polytask.core.errors import ConfigError, StorageError
 from polytask.core.recipe import Schedule
 
 from .options import configurable, form_of, mix_of
+from .streams import emit
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
@@ -30,6 +32,7 @@ app = typer.Typer(
 Base = Annotated[str, typer.Option("--base", help="Alias (minilm), hub name, or folder of the pretrained model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Skip = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them.")]
+Batch = Annotated[int, typer.Option("--batch-size", help="Sequences per forward of an evaluation.", min=1)]
 Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
 Tasks = Annotated[str, typer.Argument(help="A task's file or folder, or a folder of tasks.", show_default=False)]
 
@@ -39,22 +42,33 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         import polytask
 
-        print(polytask.__version__)
+        emit(polytask.__version__)
         raise typer.Exit(0)
 
 
 def _show(data: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, default=str) if as_json else text)
+    emit(json.dumps(data, indent=2, ensure_ascii=False, default=str) if as_json else text)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if sys.stderr is not None:  # else print would take standard output for it
+        print(text, file=sys.stderr)
 
 
 def _need(value: str | None, what: str) -> str:
     if not value:
         raise ConfigError(f"{what} is missing; give it as an argument or in the --config file")
     return value
+
+
+def _writable(out: str) -> None:
+    """Finds out before the work whether its results have a place. Raises `StorageError`."""
+    folder = Path(out).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise StorageError(f"cannot write {out}: {there} is a file where a folder is needed; choose another --out")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"cannot write {out}: {there} may not be written to; choose another --out")
 
 
 def _notes(found: list[Any]) -> None:
@@ -96,8 +110,13 @@ def learn(
     from polytask.jobs import learn_each
     from polytask.learn.learner import learn as run
 
+    if joint and together:
+        raise ConfigError(
+            "--joint (one adapter for all tasks) and --together (one each) exclude each other; choose one"
+        )
     chosen = form_of(form)
     schedule = Schedule.of(settings, "learn").model_dump()
+    _writable(out)
     found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
     _notes(found)
     model = Model.load(base)
@@ -135,7 +154,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option("--split", help="test, dev or train.")] = "test",
     metric: Annotated[str | None, typer.Option("--metric", help="Another metric than the task's.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per forward.")] = 32,
+    batch_size: Batch = 32,
     skip_bad_rows: Skip = False,
     as_json: Json = False,
 ) -> None:
@@ -143,10 +162,16 @@ def evaluate(
 
     Example: polytask evaluate examples/tasks/commit-type --adapter lib/commit-type
     """
+    from polytask.core.metrics import choose_metric
     from polytask.core.task import read_tasks
     from polytask.evaluate.evaluator import evaluate as run
 
     found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
+    _notes(found)
+    for task in found:
+        choose_metric(task.kind, metric)  # before the work that it would score
+    if mix and not adapter:
+        raise ConfigError(f"--mix {mix!r} needs the adapters it mixes; give each with --adapter")
     model, names = _with_adapters(base, adapter or [])
     acting = mix_of(mix) or (names[0] if len(names) == 1 else None)
     if len(names) > 1 and acting is None:
@@ -177,6 +202,7 @@ def compare(
     out: Annotated[str, typer.Option("--out", help="Folder for report.html and table.json.")] = "report",
     joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Also learn one adapter on all tasks.")] = True,
     cross: Annotated[bool, typer.Option("--cross/--no-cross", help="Every adapter on every task.")] = True,
+    batch_size: Batch = 32,
     seed: Seed = 0,
     skip_bad_rows: Skip = False,
     as_json: Json = False,
@@ -189,9 +215,17 @@ def compare(
     from polytask.jobs import compare as run
 
     found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
-    table = run(base, _need(library, "the folder of adapters"), found, joint=joint, cross=cross, seed=seed, say=_say)
-    table.to_json(Path(out) / "table.json")
-    page = table.to_html(Path(out) / "report.html")
+    _notes(found)
+    folder = _need(library, "the folder of adapters")
+    _writable(out)
+    table = run(base, folder, found, joint=joint, cross=cross, seed=seed, batch_size=batch_size, say=_say)
+    page = Path(out) / "report.html"
+    try:
+        table.to_json(page.with_name("table.json"))
+        table.to_html(page)
+    except StorageError:
+        _show(table.as_dict(), as_json, str(table))  # what was measured is not lost for want of a place
+        raise
     _show(table.as_dict(), as_json, f"{table}\n\nreport: {page}")
 
 

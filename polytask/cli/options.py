@@ -84,7 +84,8 @@ def configurable(*groups: type[Settings]) -> Callable[[Callable[..., Any]], Call
 def _with_file(
     values: dict[str, Any], file: Path, ctx: typer.Context, known: list[inspect.Parameter]
 ) -> dict[str, Any]:
-    kinds = {p.name: p.annotation for p in known}
+    kinds = {_spelled(p): p.annotation for p in known}
+    fields = {_spelled(p): p.name for p in known}
     problems = []
     merged = dict(values)
     for key, value in read_yaml(file).items():
@@ -92,10 +93,11 @@ def _with_file(
         if name not in kinds:
             problems.append(f"unknown setting {key!r}{nearest(name, kinds)}; there are: {listing(sorted(kinds), 40)}")
             continue
+        kind, name = kinds[name], fields[name]
         source = ctx.get_parameter_source(name)
         if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
             continue
-        kind = kinds[name].__origin__ if hasattr(kinds[name], "__metadata__") else kinds[name]
+        kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
         if name == "form" and isinstance(value, dict):
             merged[name] = value
             continue
@@ -106,6 +108,16 @@ def _with_file(
     if problems:
         raise ConfigError(f"{file}: {'; '.join(problems)}")
     return merged
+
+
+def _spelled(parameter: inspect.Parameter) -> str:
+    """What a file calls a parameter: as its flag, or as itself where it has none."""
+    for option in getattr(parameter.annotation, "__metadata__", ()):
+        # inside Annotated, typer takes the first name given to Option for its default
+        for flag in (getattr(option, "default", None), *(getattr(option, "param_decls", None) or ())):
+            if isinstance(flag, str) and flag.startswith("--"):
+                return flag.split("/")[0].lstrip("-").replace("-", "_")
+    return parameter.name
 
 
 def form_of(text: str | dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +132,10 @@ def form_of(text: str | dict[str, Any]) -> dict[str, Any]:
         key, sign, value = part.partition("=")
         if not sign:
             raise ConfigError(f"--form {text!r}: {part!r} is no setting; write name=value, as in lora:rank=8,alpha=16")
-        chosen[key.strip()] = yaml.safe_load(value)
+        try:
+            chosen[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"--form {text!r}: {value!r} is no value; write name=value, as in lora:rank=8") from None
     return chosen
 
 

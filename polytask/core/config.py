@@ -47,17 +47,38 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is no YAML, or holds something else.
     """
-    import yaml
-
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if data is None:
+    return parse_yaml(data, str(file))
+
+
+def parse_yaml(data: bytes, where: str) -> dict[Any, Any]:
+    """The mapping that a YAML text holds; an empty one when the text is empty.
+
+    Args:
+        data: the text.
+        where: the file it comes from, for the message.
+
+    Raises:
+        ConfigError: it is no YAML (the line is named), or holds something else.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(data)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}{line}: this is not valid YAML ({what}). Correct the line.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that do not exist
+        what = " ".join(str(error).split())
+        raise ConfigError(f"{where}: this is not valid YAML ({what}). Write it as UTF-8 text.") from error
+    if found is None:
         return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file} holds {type(data).__name__} where names and values are needed")
-    return data
+    if not isinstance(found, dict):
+        held = repr(found) if len(repr(found)) <= 60 else repr(found)[:57] + "..."
+        raise ConfigError(f"{where} must hold `key: value` lines, and holds {held}.")
+    return found

@@ -38,6 +38,10 @@ class LearnError(PolytaskError):
     """Training that had to stop: a NaN loss, or not enough memory."""
 
 
+class MemoryLimitError(LearnError):
+    """A batch that does not fit into memory, in learning or in evaluation."""
+
+
 class StorageError(PolytaskError):
     """A file or folder that cannot be written or read: no space, no permission."""
 

@@ -407,13 +407,24 @@ def windows(model: Model, text: str, longest: int | None) -> list[Row]:
 
 
 def _tokenizer(model: Model) -> Any:
+    if model.kind == "image":
+        raise ModelError(f"the image model {model.name!r} cannot read texts; give a task with images, or another base")
     if model.processor is None or not callable(model.processor):
         raise ModelError(f"the model {model.name!r} has no tokenizer; give one: Model(module, processor=tokenizer)")
     return model.processor
 
 
 def images(model: Model, examples: Sequence[Example]) -> list[Tensor]:
-    """Image tensors [3, H, W]: by the model's processor where it has one, else the pixels divided by 255."""
+    """Image tensors [3, H, W]: by the model's processor where it has one, else the pixels divided by 255.
+
+    Raises `ModelError` when the model reads texts only.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(model.processor, PreTrainedTokenizerBase):
+        raise ModelError(
+            f"the {model.kind} model {model.name!r} reads texts and cannot read images; give a task with texts, or an image base"
+        )
     if model.processor is None:
         import numpy as np
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import ModelError, nearest
+from .errors import MemoryLimitError, ModelError, nearest
 
 if TYPE_CHECKING:
     from .model import Model
@@ -73,9 +73,13 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, or it cannot be read.
+        MemoryLimitError: it does not fit into memory.
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
+
+    from .memory import out_of_memory
 
     place = ALIASES[name]() if name in ALIASES else os.path.expanduser(name)
     looks_local = place.startswith((".", "/", "~")) or os.path.isdir(place)
@@ -88,14 +92,18 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(place, **common)
         auto = _auto_class(config, kind)
         module = auto.from_pretrained(place, dtype=dtype or torch.float32, device_map=device_map, **common, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if device is not None:
+            module.to(device)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise MemoryLimitError(_too_large(name)) from error
         raise ModelError(_unreadable(name, error)) from error
+    except MemoryError as error:
+        raise MemoryLimitError(_too_large(name)) from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     module.eval()
-    if device is not None:
-        module.to(device)
     processor = _processor(place, config, common)
     found = pooling or _saved_pooling(place)
     return cls(module, processor, kind=kind, name=name, source=SOURCES.get(name, ""), pooling=found)
@@ -114,8 +122,12 @@ def _allowed() -> str:
     return f"an alias ({', '.join(ALIASES)}), a folder with config.json, or a hub name such as 'org/model'"
 
 
+def _too_large(name: str) -> str:
+    return f"the base {name!r} does not fit into memory; load it with dtype=torch.bfloat16, or choose a smaller one"
+
+
 def _unreadable(name: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
+    reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
     return (
         f"the base {name!r} could not be loaded{nearest(name, ALIASES)}: {reason}. Give {_allowed()}; a hub name needs a "
         "network, or the model in the local cache"

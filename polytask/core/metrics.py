@@ -155,7 +155,7 @@ def score(
     Raises ConfigError for an unknown kind or metric, one that does not fit the kind, or settings out of range;
     DataError for no examples, lengths that differ, or a prediction or target that is not what the kind asks for.
     """
-    chosen = _choose(kind, metric)
+    chosen = choose_metric(kind, metric)
     _check_settings(resamples, confidence)
     targets = _check_data(kind, {"prediction": predictions}, targets, labels)
     table = chosen.table(predictions, targets, labels)
@@ -195,7 +195,7 @@ def paired_difference(
 
     Raises what `score` raises.
     """
-    chosen = _choose(kind, metric)
+    chosen = choose_metric(kind, metric)
     _check_settings(resamples, confidence)
     targets = _check_data(kind, {"prediction of a": a, "prediction of b": b}, targets, labels)
     first, second = (chosen.table(predictions, targets, labels) for predictions in (a, b))
@@ -529,7 +529,7 @@ def _check_kind(kind: str) -> None:
         raise ConfigError(f"There is no kind of task {kind!r}{nearest(kind, KINDS)}; the kinds are {listing(KINDS)}.")
 
 
-def _choose(kind: str, name: str | None) -> Metric:
+def choose_metric(kind: str, name: str | None) -> Metric:
     """The metric, or the kind's default. Raises ConfigError for an unknown one or one that does not fit."""
     _check_kind(kind)
     name = name or DEFAULTS[kind]

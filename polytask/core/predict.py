@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .head import Head, Row, TextHead, collate, split, trunk
+from .memory import memory_advice
 from .model import Model
 
 
@@ -37,15 +38,19 @@ def predict(
         rows: made with ``scoring=True``.
         batch_size: sequences per forward.
         write: let a `TextHead` write answers instead of scoring the given ones; by default where its task is ``generate``.
+
+    Raises:
+        MemoryLimitError: a batch does not fit into memory.
     """
     writes = isinstance(head, TextHead) and (head.task == "generate" if write is None else write)
     found: list[Any] = [None] * len(rows)
     for batch in batches([r.length for r in rows], [r.count for r in rows], batch_size):
         chosen = [rows[i] for i in batch]
-        if writes and isinstance(head, TextHead):
-            answers: list[Any] = list(head.write(model, chosen))
-        else:
-            answers = head.predict(trunk(model, head, collate(model, head, chosen)), chosen)
+        with memory_advice(model.device, sum(row.count for row in chosen)):
+            if writes and isinstance(head, TextHead):
+                answers: list[Any] = list(head.write(model, chosen))
+            else:
+                answers = head.predict(trunk(model, head, collate(model, head, chosen)), chosen)
         for i, answer in zip(batch, answers, strict=True):
             found[i] = answer
     return found
@@ -53,11 +58,15 @@ def predict(
 
 @torch.no_grad()
 def embed(model: Model, head: Head, rows: Sequence[Row], *, batch_size: int = 64) -> torch.Tensor:
-    """The pooled vectors of the rows' sequences, [S, d] in fp32 on the CPU, under the mix that acts now."""
+    """The pooled vectors of the rows' sequences, [S, d] in fp32 on the CPU, under the mix that acts now.
+
+    Raises `MemoryLimitError` when a batch does not fit into memory.
+    """
     found = [torch.empty(0)] * len(rows)
     for batch in batches([r.length for r in rows], [r.count for r in rows], batch_size):
         chosen = [rows[i] for i in batch]
-        out = model.features(collate(model, head, chosen)).float().cpu()
+        with memory_advice(model.device, sum(row.count for row in chosen)):
+            out = model.features(collate(model, head, chosen)).float().cpu()
         for i, part in zip(batch, split(out, [r.count for r in chosen]), strict=True):
             assert isinstance(part, torch.Tensor)
             found[i] = part

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polytask.core.errors import ConfigError, DataError, StorageError, listing, nearest
+from polytask.core.errors import DataError, StorageError, listing, nearest
 from polytask.core.task_files import (
     FORMATS,
     SOURCES,
@@ -136,19 +136,13 @@ def _read_folder(path: Path, said: Mapping[str, Any]) -> Raw:
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
-    import yaml
+    from polytask.core.config import parse_yaml  # which takes pydantic, and few sources have a task.yaml
 
     try:
-        content = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.parent.name}/task.yaml is not valid YAML: {' '.join(str(error).split())}.") from error
+        data = path.read_bytes()
     except OSError as error:
         raise StorageError(f"{str(path)!r} cannot be read ({error}). Check its permissions.") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path.parent.name}/task.yaml must hold `key: value` lines, and holds {content!r}.")
-    return content
+    return parse_yaml(data, f"{path.resolve().parent.name}/task.yaml")
 
 
 def _split_files(path: Path) -> dict[str, Path]:

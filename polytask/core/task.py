@@ -85,6 +85,13 @@ class Task:
                 f"the kinds are {listing(KINDS)}."
             )
         self.metric = self.metric or METRICS[self.kind]
+        if self.metric != METRICS[self.kind]:
+            from polytask.core.metrics import choose_metric  # which takes numpy, and few tasks name a metric
+
+            try:
+                choose_metric(self.kind, self.metric)
+            except ConfigError as error:
+                raise ConfigError(f"Task {self.name!r}: {error}") from error
 
     @classmethod
     def read(cls, source: Any, *, name: str | None = None, skip_bad_rows: bool = False, **overrides: Any) -> Task:

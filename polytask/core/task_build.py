@@ -270,4 +270,7 @@ def _observe(parts: Sequence[list[Example]], notes: list[str]) -> None:
             notes.append(f"{split} is empty")
     longest = max((len(text) for part in parts for e in part for text in e.inputs), default=0)
     if longest >= LONG:
-        notes.append(f"the longest text has {longest:,} characters")
+        notes.append(
+            f"the longest text has {longest:,} characters; what is more than a base can take (512 tokens, unless `longest` "
+            "says otherwise) is cut off"
+        )

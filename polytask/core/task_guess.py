@@ -68,6 +68,12 @@ def _one_of(allowed: Sequence[str]) -> Callable[[Any], str]:
     return check
 
 
+def _metric(value: Any) -> str:
+    from polytask.core.metrics import METRICS  # which takes numpy, and few tasks name a metric
+
+    return _one_of(tuple(METRICS))(value)
+
+
 def _columns(value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names) or len(names) not in (1, 2):
@@ -126,7 +132,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "target": _text,
     "labels": _labels,
     "instruction": _text,
-    "metric": _text,
+    "metric": _metric,
     "description": _text,
     "licence": _text,
     "modality": _one_of(MODALITIES),

@@ -13,7 +13,7 @@ from typing import Any
 from polytask.core.errors import DataError, listing
 from polytask.core.task import Example, image_digest, open_image
 from polytask.core.task_files import Bad, Raw, Row
-from polytask.core.task_guess import Columns, number
+from polytask.core.task_guess import MOSTLY, Columns, number
 
 
 class _BadRow(Exception):
@@ -42,6 +42,7 @@ class Maker:
     image: bool
     names: Mapping[str, str]  # what the column holds -> label name, where they differ
     said_labels: bool
+    numeric: frozenset[str] = frozenset()  # input columns of an untyped format that hold numbers
 
     @classmethod
     def of(cls, raw: Raw, said: Mapping[str, Any], columns: Columns, kind: str) -> tuple[Maker, tuple[str, ...]]:
@@ -55,7 +56,8 @@ class Maker:
             if labels and not held & set(labels) and held <= set(numbers):
                 names = numbers
                 columns.notes.append(f"labels: the numbers in column {columns.target!r} stand for {listing(labels)}")
-        return cls(raw, columns, kind, said.get("modality") == "image", names, "labels" in said), labels
+        numeric = frozenset(column for column in columns.inputs if raw.untyped and _mostly_numbers(raw, column))
+        return cls(raw, columns, kind, said.get("modality") == "image", names, "labels" in said, numeric), labels
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> Example:
         inputs: tuple[str, ...] = ()
@@ -64,6 +66,8 @@ class Maker:
             image, digest = self._image(row)
         else:
             inputs = tuple(_text(row, column) for column in self.columns.inputs)
+            for column in self.numeric:
+                _finite_text(row[column], column)
         choices = self._choices(row) if self.kind == "choose" else ()
         return Example(inputs, self._target(row, choices), choices, image, where, digest)
 
@@ -117,6 +121,18 @@ class Maker:
             value = int(value)
         label = _text({column: str(value) if isinstance(value, (int, float)) else value}, column).strip()
         return self.names.get(label, label)
+
+
+def _mostly_numbers(raw: Raw, column: str) -> bool:
+    values = [row.get(column) for part in raw.splits.values() for _, row in part]
+    return sum(number(value, untyped=True) is not None for value in values) > MOSTLY * len(values)
+
+
+def _finite_text(value: str, column: str) -> None:
+    """Refuses the "nan" that programs write for a value they do not have; any other word may be meant."""
+    found = number(value, untyped=True)
+    if isinstance(found, float) and math.isnan(found):
+        raise _BadRow("not finite", f"{column!r} is {_show(value)} in a column of numbers")
 
 
 def _show(value: Any) -> str:

@@ -51,6 +51,7 @@ def probe(model: Model, task: Task, *, batch_size: int = 64, longest: int | None
         DataError: there is nothing to fit on.
         ModelError: the task is not one that a probe can do.
     """
+    from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
@@ -78,7 +79,9 @@ def probe(model: Model, task: Task, *, batch_size: int = 64, longest: int | None
         kind = logistic
         target = np.array([i == e.target for e in task.train for i in range(len(e.choices))])
     else:
-        kind, target = logistic, np.array([e.target for e in task.train])
+        target = np.array([e.target for e in task.train])
+        # of one label there is nothing to tell apart: the probe says that label
+        kind = logistic if len(set(target)) > 1 else DummyClassifier()
     regression = make_pipeline(StandardScaler(), kind)
     regression.fit(vectors, target)
     return Probe(task, head, regression)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from polytask.core.files import CONFIG
 from polytask.core.form import Form
 from polytask.core.head import Head, LinearHead, Out, Row, collate, head_for, split, trunk
 from polytask.core.measure import peak_memory
+from polytask.core.memory import memory_advice
 from polytask.core.mix import PerRow, Single
 from polytask.core.model import Model
 from polytask.core.recipe import Schedule, Stage
@@ -87,7 +88,8 @@ def learn(
     Raises:
         ConfigError: an unknown or contradictory setting.
         DataError: there is nothing to learn from.
-        LearnError: the loss is not a number (the last good adapter is saved and the batch named), or memory ran out.
+        LearnError: the loss is not a number (the last good adapter is saved and the batch named).
+        MemoryLimitError: a batch does not fit into memory.
         Interrupted: it was asked to stop; the state is saved when ``out`` is given.
     """
     model = Model.load(model) if isinstance(model, str) else model
@@ -172,7 +174,12 @@ class Run:
         from accelerate import Accelerator
 
         started = time.perf_counter()
-        self.accelerator = Accelerator(log_with=self.tracker, project_dir=str(self.out) if self.out else None)
+        try:
+            self.accelerator = Accelerator(log_with=self.tracker, project_dir=str(self.out) if self.out else None)
+        except ValueError as error:
+            raise ConfigError(f"the tracker {self.tracker!r} cannot be used: {error}") from error
+        if self.tracker and not self.accelerator.log_with:  # accelerate leaves out in silence what is not installed
+            raise ConfigError(f"the tracker {self.tracker!r} is not installed; install its package, or leave it out")
         if self.accelerator.device.type != "cpu" and self.model.device.type == "cpu":
             self.model.to(self.accelerator.device)
             for course in self.courses:
@@ -230,7 +237,8 @@ class Run:
                 head = course.adapter.heads[task.name]
                 if isinstance(head, LinearHead) and course.schedule.head_start == "probe" and task.name in course.fresh:
                     with self.model.using(course.name):
-                        warm(self.model, head, rows)
+                        # a forward alone takes less memory than a step, so its batches may be larger, up to a point
+                        warm(self.model, head, rows, min(64, 4 * course.schedule.batch_size))
 
     # The loop
 
@@ -274,7 +282,7 @@ class Run:
         for micro in range(max(len(course.micros()) for course in courses)):
             taking = [c for c in courses if micro < len(c.micros())]
             drawn = [(c, c.batch(c.micros()[micro]), len(c.micros())) for c in taking]
-            with self._memory(drawn):
+            with self._memory(sum(len(items) for _, items, _ in drawn)):
                 losses = self._losses([(course, items) for course, items, _ in drawn])
                 scaled = [loss / count for loss, (_, _, count) in zip(losses, drawn, strict=True)]
                 whole = torch.stack(scaled).sum()
@@ -321,8 +329,9 @@ class Run:
         return split(out, [sum(row.count for row in part) for _, _, part in group])
 
     def _one_loss(self) -> float:
-        with torch.no_grad():
-            return float(self._losses([(self.courses[0], self.courses[0].batch(0))])[0])
+        items = self.courses[0].batch(0)
+        with torch.no_grad(), self._memory(len(items)):
+            return float(self._losses([(self.courses[0], items)])[0])
 
     def _reduce(self, course: Course) -> None:
         """Adds up the gradients of several processes; each has its share of every batch."""
@@ -361,18 +370,12 @@ class Run:
             f"{what} at step {step + 1}, in the batch with {where}.{kept} Try a lower lr, or look at these rows"
         )
 
-    @contextmanager
-    def _memory(self, drawn: Sequence[tuple[Course, Sequence[tuple[int, int]], int]]) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
-                raise
-            rows = sum(len(items) for _, items, _ in drawn)
-            raise LearnError(
-                f"a batch of {rows} rows does not fit into the memory of {self.model.device}; lower batch_size (and raise "
-                "accumulate to keep the effective size), shorten texts with longest, or use precision='bf16'"
-            ) from error
+    def _memory(self, rows: int) -> AbstractContextManager[None]:
+        more = (
+            " and raise accumulate (--accumulate) to keep the effective size, shorten texts with longest (--longest), "
+            "use precision='bf16' (--precision bf16)"
+        )
+        return memory_advice(self.model.device, rows, more)
 
     # Before and after
 

@@ -18,17 +18,18 @@ from polytask.core.predict import embed
 STRENGTH = 0.1  # C of the logistic regressions, on standardised features
 
 
-def warm(model: Model, head: LinearHead, rows: Sequence[Row]) -> None:
+def warm(model: Model, head: LinearHead, rows: Sequence[Row], batch_size: int = 64) -> None:
     """Sets a head's values by a regression on the features that the model gives now.
 
     Args:
         model: the base, with whatever acts on it.
         head: of the rows' task.
         rows: training rows with their targets.
+        batch_size: sequences per forward.
     """
     from sklearn.linear_model import LogisticRegression, Ridge
 
-    x = embed(model, head, rows).numpy().astype(np.float64)
+    x = embed(model, head, rows, batch_size=batch_size).numpy().astype(np.float64)
     mean, spread = x.mean(0), x.std(0) + 1e-6
     z = (x - mean) / spread
     logistic = LogisticRegression(C=STRENGTH, max_iter=300)

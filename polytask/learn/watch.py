@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,7 +92,8 @@ class Watch:
         if self._bar is not None:
             self._bar.stop()
         if self._log is not None:
-            self._log.close()
+            with suppress(OSError):  # every line was flushed when it was written, and told if it could not be
+                self._log.close()
 
     def _text(self) -> str:
         return " ".join(v for v in self._figures.values() if v)

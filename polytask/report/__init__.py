@@ -98,7 +98,7 @@ class Comparison:
         """
         from ..core.errors import DataError
 
-        table = _finite(table)
+        table = _clean(table)
         rows = table.get("rows") if isinstance(table, Mapping) else None
         if not isinstance(rows, Sequence) or not rows:
             raise DataError("the table has no 'rows', so there is nothing to report; give the JSON of polytask compare")
@@ -363,7 +363,9 @@ def _who(data: Comparison, best: str) -> str:
 
 def _against(data: Comparison, best: str, base: str) -> str:
     """On which tasks `best` is clearly better or worse than the base, and on which the intervals overlap."""
-    better, worse, unclear = [], [], []
+    better: list[str] = []
+    worse: list[str] = []
+    unclear: list[str] = []
     for task in data.tasks:
         mine, theirs = data.score(best, task), data.score(base, task)
         overlap = mine.overlaps(theirs)
@@ -429,12 +431,15 @@ def _number(value: Any, where: str) -> float | None:
     return float(value)
 
 
-def _finite(value: Any) -> Any:
-    """The table with None for NaN and infinity: a score that overflowed is no score."""
+def _clean(value: Any) -> Any:
+    """The table with None for NaN and infinity, since a score that overflowed is no score, and without the characters
+    that no page may hold (controls and halves of a pair)."""
+    if isinstance(value, str):
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {_clean(key): _clean(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_clean(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -480,7 +485,7 @@ def _grid(data: Comparison, notes: list[str]) -> dict[tuple[str, str], dict[str,
 def _forgetting(data: Comparison) -> dict[str, Any] | None:
     """The rows of the forgetting table with the length of each bar, in per cent of half the bar's cell."""
     given = data.table.get("forgetting") or {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, row in enumerate(given.get("rows") or []):
         where = f"forgetting.rows[{place}]"
         before, after, change = (_number(row.get(key), f"{where}.{key}") for key in ("before", "after", "change"))

@@ -87,7 +87,9 @@ def _em(character: str) -> float:
         return 1.0
     # measured between two bars, for a space alone has no width
     font = FontProperties(family="DejaVu Sans", size=100)
-    pair, three = (text_to_path.get_text_width_height_descent(t, font, False)[0] for t in ("||", f"|{character}|"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        pair, three = (text_to_path.get_text_width_height_descent(t, font, False)[0] for t in ("||", f"|{character}|"))
     return float(three - pair) / 100
 
 
@@ -148,7 +150,7 @@ def scores(data: Comparison) -> Figure:
     columns = many if many < 3 else 2 if many == 4 else 3
     rows = math.ceil(many / columns)
     labels = {m: fit(m, 2.1) for m in data.methods}
-    left = max(width(label) for label in labels.values()) + 0.16
+    left = max(width(label) for label in labels.values()) + 0.24
     gap, right, top, foot = 0.62, 0.5, 0.72, 0.42
     inside = len(data.methods) * ROW + 0.1
     panel = min(5.2, (WIDTH - left - right - gap * (columns - 1)) / columns)
@@ -162,10 +164,11 @@ def scores(data: Comparison) -> Figure:
             axes = figure.add_axes((x / whole, y / height, panel / whole, inside / height))
             _panel(axes, data, task, _limits(data, task))
             title, metric = fit(task.name, panel + gap / 2, TEXT + 2), fit(_metric(task), panel, SMALL)
-            for text, rise, look in (
+            looks: list[tuple[str, int, dict[str, Any]]] = [
                 (title, 18, {"fontsize": TEXT + 1, "fontweight": "semibold"}),
                 (metric, 6, {"fontsize": SMALL, "color": MUTED}),
-            ):
+            ]
+            for text, rise, look in looks:
                 axes.annotate(text, (0, 1), (0, rise), "axes fraction", "offset points", va="baseline", **look)
             if index % columns == 0:
                 for place, method in enumerate(data.methods):
@@ -227,7 +230,7 @@ def _panel(axes: Axes, data: Comparison, task: Column, limits: tuple[float, floa
         if score.value is not None:
             number = _short(score.value)
             if score.interval:
-                bar = {"linewidth": 2.2, "solid_capstyle": "round", "alpha": 0.55}
+                bar: dict[str, Any] = {"linewidth": 2.2, "solid_capstyle": "round", "alpha": 0.55}
                 axes.plot(score.interval, (place, place), color=colour, **bar)
             face = PAPER if method == data.base else colour
             axes.plot(
@@ -263,7 +266,7 @@ def cross(data: Comparison) -> Figure:
     found = data.table["cross"]
     adapters, tasks = [str(a) for a in found["adapters"]], [str(t) for t in found["tasks"]]
     sides = ["bare base", *(fit(adapter, 2.3) for adapter in adapters)]
-    left = max(map(width, sides)) + 0.2
+    left = max(map(width, sides)) + 0.26
     cell = min(1.15, max(0.42, (WIDTH - left - 0.1) / len(tasks)))
     heads = [lines(t, cell - 0.08) for t in tasks]
     slanted = None in heads
@@ -294,8 +297,14 @@ def cross(data: Comparison) -> Figure:
                 linespacing=1.15,
             )
         for row, name in enumerate(sides):
-            place = row - 0.5 if row else -1.1
-            axes.annotate(name, (0, place), xytext=(-8, 0), textcoords="offset points", ha="right", va="center")
+            axes.annotate(
+                name,
+                (0, row - 0.5 if row else -1.1),
+                xytext=(-8, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+            )
         _key(figure, left, whole, height)
     return figure
 
@@ -326,7 +335,7 @@ def _heat(axes: Axes, data: Comparison, cell: float) -> None:
             colour = "#fdfdfd" if dark else "#1b2026"  # on a cell's own colour, so not the page's ink
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=points, color=colour)
             if str(adapter) == tasks[column]:
-                edge = {"color": INK, "linewidth": 1.5, "solid_joinstyle": "miter"}
+                edge: dict[str, Any] = {"color": INK, "linewidth": 1.5, "solid_joinstyle": "miter"}
                 near, far, up, down = column + 0.02, column + 0.98, row + 0.04, row + 0.96
                 axes.plot((near, far, far, near, near), (up, up, down, down, up), clip_on=False, **edge)
 
