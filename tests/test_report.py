@@ -297,6 +297,8 @@ def test_metrics_of_two_directions_have_no_average() -> None:
         ("WER", True),
         ("error rate", True),
         ("accuracy", False),
+        ("error-free share (higher is better)", False),
+        ("seconds, lower is better", True),
         ("macro_f1", False),
         ("chrf", False),
         ("letter_match", False),
@@ -370,6 +372,11 @@ def test_cost_in_units_of_people(page: str) -> None:
 )
 def test_numbers_as_people_read_them(function: str, value: float, text: str) -> None:
     assert getattr(report, function)(value) == text
+
+
+def test_sentences() -> None:
+    assert report.sentence("a probe (frozen)") == "A probe (frozen)." and report.sentence("Is it?") == "Is it?"
+    assert report.sentence("") == ""
 
 
 def test_lists_of_names() -> None:

@@ -28,7 +28,12 @@ _LOWER |= {"wer", "cer", "ter", "distance", "bits"}
 
 
 def lower_is_better(measure: str) -> bool:
-    """Whether a smaller value of this metric is the better one: ``perplexity``, ``dev_loss``, ``wer``."""
+    """Whether a smaller value of this metric is the better one: ``perplexity``, ``dev_loss``, ``wer``.
+
+    A sentence that says itself whether higher or lower is better is believed.
+    """
+    if told := re.search(r"\b(higher|lower) is better", measure.lower()):
+        return told[1] == "lower"
     return not _LOWER.isdisjoint(re.split(r"[^a-z]+", measure.lower()))
 
 
@@ -196,7 +201,7 @@ def render(table: Mapping[str, Any]) -> str:
     data = Comparison.read(table)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "signed": signed, "count": count, "size": size, "duration": duration}
-    environment.filters |= {"memory": lambda mb: size(mb * 1e6)}
+    environment.filters |= {"sentence": sentence, "memory": lambda mb: size(mb * 1e6)}
     # a long name may be broken after these, where a reader would break it
     environment.filters |= {"breaks": lambda text: Markup(re.sub(r"([_/.])", r"\1<wbr>", str(escape(text))))}
     template = environment.from_string(files(__package__).joinpath("compare.html").read_text(encoding="utf-8"))
@@ -300,6 +305,12 @@ def listed(names: Iterable[str], most: int = 6) -> str:
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning and a full stop at its end."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + "." * (text[-1:].isalnum() or text.endswith(")"))
 
 
 # What the numbers say, in words

@@ -59,7 +59,7 @@ def _style() -> Iterator[None]:
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
     log.setLevel(logging.ERROR)
-    settings = {
+    settings: Any = {
         "font.family": [name for name in FONTS if name in names],
         "font.size": TEXT,
         "text.parse_math": False,  # a name may hold a dollar sign
