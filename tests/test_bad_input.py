@@ -384,7 +384,7 @@ def test_a_batch_too_large_for_memory(run, base, data, made, tmp_path, small_mem
         err = refused(run(*arguments, "--batch-size", 16), 1, *words)
         assert not (lib / "one" / "adapter_config.json").exists() and leftovers(tmp_path) == []
     assert "raise accumulate (--accumulate)" in err and "--precision bf16" in err
-    code, _, err = run(*arguments, "--batch-size", 2, "--accumulate", 8)
+    code, _, err = run(*arguments, "--head-start", "probe", "--batch-size", 2, "--accumulate", 8)
     assert code == 0, err
 
     for acting in (("--adapter", made / "one"), ()):  # a head, and a probe of the bare base
@@ -575,13 +575,34 @@ def test_a_reader_that_stops_reading(tmp_path, buffered):
     write(tmp_path / "t" / "task.yaml", json.dumps({"labels": [*COLOURS, *labels]}))
     write(tmp_path / "t" / "train.jsonl", ROWS)
     done = piped(f"polytask tasks {tmp_path / 't'} --json | head -1; echo ${{PIPESTATUS[0]}}", buffered)
-    assert done.stderr == "" and done.stdout == "[\n1\n"
+    assert done.stderr == "" and done.stdout.startswith("[\n")
+    if buffered:  # without a buffer, Python itself takes a write that was cut short for a whole one
+        assert done.stdout == "[\n1\n"
 
 
 def test_a_reader_that_has_gone_before_the_first_word(tmp_path):
     one = write(tmp_path / "a.jsonl", ROWS)
     done = piped(f"polytask tasks {one} | true; polytask --help | true; polytask nonsense 2>&1 | true; echo ok")
     assert done.stderr == "" and done.stdout == "ok\n"
+
+
+def test_what_was_printed_before_is_written_out_or_given_up():
+    code = """
+from polytask.cli.streams import flush
+print("a line that stays in the buffer")
+try:
+    flush()
+except BrokenPipeError:
+    raise SystemExit(7)
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=60
+    )
+    os.close(writing)
+    assert done.returncode == 7 and done.stderr == b""  # and the interpreter, when it ends, has nothing left to write
 
 
 def test_streams_that_are_closed(tmp_path):

@@ -139,7 +139,10 @@ def test_rows_by_index_equal_rows_by_name(grad):
     chosen = [generator.sample(range(4), 2) for _ in range(5)]
     values = torch.rand(5, 2)
     made, x = model((2, 4, 3, 4)), torch.randn(5, 3, 24)
-    rows = [{NAMES[i]: float(w) for i, w in zip(pair, value, strict=True)} for pair, value in zip(chosen, values, strict=True)]
+    rows = [
+        {NAMES[i]: float(w) for i, w in zip(pair, value, strict=True)}
+        for pair, value in zip(chosen, values, strict=True)
+    ]
     with torch.set_grad_enabled(grad), made.using(Routed(torch.tensor(chosen), values)):
         got = made.module(x)
     torch.testing.assert_close(got, one_at_a_time(made, rows, x), rtol=0, atol=1e-5)

@@ -31,7 +31,16 @@ def test_two_processes_learn_what_one_learns(encoder, tmp_path):
     encoder.processor.save_pretrained(base)
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), base=str(base)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     launch += ["--dynamo_backend", "no"]
     for count in (1, 2):
         command = [*launch, "--num_processes", str(count), str(script), str(tmp_path / f"out{count}")]
