@@ -238,7 +238,8 @@ class Comparison:
         """Every adapter on every task, and the change of what the base could do before."""
         self.say("every adapter on every task")
         measured = self._directly if self.generative else self._probed
-        base = [measured(task, None) for task in self.tasks]
+        bare = "base, zero-shot" if self.generative else "base + probe"
+        base = [self.result.value(bare, task.name) for task in self.tasks]  # measured the same way before
         values = [[measured(task, self.names[name]) for task in self.tasks] for name in self.adapters]
         self.result.cross = {
             "measure": "the adapter's answer without training, zero-shot"
