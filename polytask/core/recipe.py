@@ -29,7 +29,7 @@ class Schedule(Settings):
         accumulate: batches whose gradients are added up before a step.
         precision: ``auto`` takes bf16 for the frozen base where the processor is quicker in it and one batch's loss agrees.
         longest: tokens read of a text; what the model can take (512 at most) when None.
-        base_dropout: whether the base's own dropout is on while learning. Off is quicker and loses nothing we could measure.
+        base_dropout: whether the base's own dropout is on while learning. Off is quicker on a CPU.
         patience: evaluations on dev without a better score before it stops; 0 never stops early.
         evaluations: evaluations on dev, spread over the whole run; one per epoch when None.
     """
