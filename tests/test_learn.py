@@ -13,6 +13,7 @@ from conftest import colours, same_state
 
 import polytask as pt
 from polytask.core.errors import ConfigError, DataError, LearnError, ModelError
+from polytask.core.head import collate, head_for
 from polytask.core.task import Example
 from polytask.learn import learner, plan, precision
 from polytask.learn.learner import Interrupted
@@ -374,3 +375,26 @@ def test_gradients_are_clipped_for_each_adapter_alone(encoder):
 def test_deepcopied_models_learn_alike(encoder, task):
     twin = pt.Model(copy.deepcopy(encoder.module), encoder.processor, name="tiny-bert", pooling="mean")
     assert pt.learn(encoder, task, **QUICK).hash == pt.learn(twin, task, **QUICK).hash
+
+
+def test_learning_is_the_plain_loop_of_pytorch(encoder, task):
+    """An independent oracle: the same batches through a loop written out by hand give the same adapter."""
+    settings = {"epochs": 2, "batch_size": 4, "schedule": "constant", "warmup": 0.0, "max_grad_norm": 0.0}
+    quiet = pt.Task(**{**vars(task), "dev": []})
+    learned = pt.learn(encoder, quiet, head_start="random", lr=1e-2, precision="fp32", progress=False, **settings)
+    adapter = pt.Adapter.new(encoder, "lora", seed=0)
+    head = head_for(encoder, quiet, 0)
+    encoder.attach(adapter, "by hand")
+    rows = head.rows(encoder, quiet.train)
+    optimiser = torch.optim.AdamW([*adapter.parameters(), *head.parameters()], lr=1e-2, weight_decay=0.0)
+    for number in range(2):
+        for batch in plan.epoch([[row.length for row in rows]], 4, 0, number):
+            chosen = [rows[i] for _, i in batch]
+            with encoder.using("by hand"):
+                logits = head.linear(encoder.features(collate(encoder, head, chosen)))
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([row.target for row in chosen]))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    for name, value in adapter.named_parameters():
+        assert torch.allclose(value, dict(learned.named_parameters())[name], atol=1e-5), name
