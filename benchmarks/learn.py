@@ -132,7 +132,16 @@ def _against(mine: str, must: float, quick: bool) -> dict[str, Any]:
 
 
 def learn_auto(quick: bool = False) -> dict[str, Any]:
-    """`learn` as it comes, which takes bf16 where the processor has it."""
+    """`learn` as it comes, where that is bf16; without quick bf16 it is the same run as `learn_fp32` and is left out."""
+    import torch
+
+    from polytask.learn.precision import SMALLEST, quick_in_bf16
+
+    if not quick_in_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"), SMALLEST):
+        return {
+            "what": "learn in bf16: this processor has no quick bf16, so learn takes fp32", "ratio": None,
+            "must": "<= 0.5", "ok": None, "peer": {},
+        }  # fmt: skip
     return _against("auto", 0.5, quick)
 
 

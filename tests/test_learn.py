@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -398,3 +399,37 @@ def test_learning_is_the_plain_loop_of_pytorch(encoder, task):
             optimiser.step()
     for name, value in adapter.named_parameters():
         assert torch.allclose(value, dict(learned.named_parameters())[name], atol=1e-5), name
+
+
+def test_a_head_starts_from_the_regression_that_sklearn_finds(encoder):
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    from polytask.core.predict import embed
+    from polytask.learn.warm import STRENGTH, warm
+
+    task = colours(40)
+    head = head_for(encoder, task, 0)
+    rows = head.rows(encoder, task.train)
+    x = embed(encoder, head, rows).numpy().astype(np.float64)
+    z = (x - x.mean(0)) / (x.std(0) + 1e-6)
+
+    def logits(head, targets):
+        changed = [dataclasses.replace(r, target=t) for r, t in zip(rows, targets, strict=True)]
+        warm(encoder, head, changed)
+        return torch.nn.functional.linear(torch.from_numpy(x).float(), head.linear.weight, head.linear.bias).detach()
+
+    kind = type(head)
+    three = [i % 3 for i in range(len(rows))]
+    got = logits(kind("classify", x.shape[1], ("a", "b", "never", "c")), [(0, 1, 3)[t] for t in three])
+    want = LogisticRegression(C=STRENGTH, max_iter=1000, tol=1e-8).fit(z, three).predict_proba(z)
+    assert np.allclose(got[:, [0, 1, 3]].softmax(1), want, atol=1e-4) and not got[:, 2].any()
+    marks = [[i % 2, (i // 2) % 2, 1] for i in range(len(rows))]
+    got = logits(kind("multilabel", x.shape[1], ("a", "b", "always")), marks)
+    for k in (0, 1):
+        fit = LogisticRegression(C=STRENGTH, max_iter=1000, tol=1e-8).fit(z, [m[k] for m in marks])
+        assert np.allclose(got[:, k].sigmoid(), fit.predict_proba(z)[:, 1], atol=1e-4)
+    assert not got[:, 2].any()
+    numbers = [float(i % 7) for i in range(len(rows))]
+    got = logits(kind("regress", x.shape[1], ()), numbers)
+    assert np.allclose(got[:, 0], Ridge(alpha=1 / STRENGTH).fit(z, numbers).predict(z), atol=1e-4)
