@@ -12,20 +12,28 @@ import torch
 from zoo import output, tiny
 
 import polytask as pt
+import polytask.core.select
 from polytask.core.form import forms
 
 NETWORKS = ("bert", "gpt2", "llama", "t5", "vit", "resnet")
-# form -> check -> why it does not hold there
-EXCEPTIONS: dict[str, dict[str, str]] = {}
 # settings under which a form acts from the start, where its own start is zero
 MOVED = 0.05
 
 
+def sites_of(name, model):
+    """The sites that a form acts at when nobody says where, convolutions too where it can."""
+    form = forms[name]()
+    chosen = form.default_sites + (" | kind:conv" if "conv" in form.kinds else "")
+    return [site.name for site in pt.core.select.select(model.sites, lambda s: True) if _takes(form, chosen, site)]
+
+
+def _takes(form, selector, site):
+    return not form.refuses(site) and pt.core.select.parse(selector)(site)
+
+
 def adapter_for(name, model, seed=0, moved=False):
     """A fresh adapter of a form at every site that it can act at; ``moved`` away from its start."""
-    kind = forms[name]
-    sites = "linear | kind:conv"
-    adapter = pt.Adapter.new(model, kind(), sites=sites, seed=seed)
+    adapter = pt.Adapter.new(model, forms[name](), sites=sites_of(name, model), seed=seed)
     if moved:
         generator = torch.Generator().manual_seed(seed + 100)
         with torch.no_grad():
@@ -35,11 +43,14 @@ def adapter_for(name, model, seed=0, moved=False):
 
 
 def case(name, network, check):
-    reason = EXCEPTIONS.get(name, {}).get(check)
+    reason = forms[name].exceptions.get(check)
     if reason:
         pytest.skip(f"{name}: {reason}")
     module, batch = tiny(network)
-    return pt.Model(module), batch
+    model = pt.Model(module)
+    if not sites_of(name, model):
+        pytest.skip(f"{name} has no site in {network}")
+    return model, batch
 
 
 def run(model, batch, mix=None):
@@ -70,7 +81,7 @@ def test_two_steps_move_every_parameter_and_nothing_else(name, network):
     base = copy.deepcopy(model.module.state_dict())
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
-    optimiser = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    optimiser = torch.optim.Adam([p for p in adapter.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(run(model, batch).shape, generator=generator)
     for _ in range(2):
@@ -79,8 +90,9 @@ def test_two_steps_move_every_parameter_and_nothing_else(name, network):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    still = [n for n, v in adapter.state().items() if torch.equal(v, start[n])]
-    assert not still, still
+    still = {n for n, v in adapter.state().items() if torch.equal(v, start[n])}
+    frozen = {f"{site}:{n}" for site, part in adapter.parts.items() for n in part.frozen}
+    assert still == frozen, (still - frozen, frozen - still)
     assert all(torch.equal(v, base[k]) for k, v in model.module.state_dict().items())
 
 
@@ -91,6 +103,10 @@ def test_merged_equals_attached(name, network):
     model.attach(adapter, "a")
     attached = run(model, batch, "a")
     assert not torch.allclose(attached, run(model, batch), atol=1e-4)
+    if not forms[name].mergeable:
+        with pytest.raises(pt.PolytaskError, match="no dense change"):
+            adapter.merge_into(model)
+        return
     merged = adapter.merge_into(model)
     assert torch.allclose(run(merged, batch), attached, atol=1e-5, rtol=1e-4)
 
@@ -116,6 +132,23 @@ def test_a_mixed_batch_equals_one_row_at_a_time(name, network):
     for row, mix in enumerate(("a0", None, "a1")):
         alone = run(model, {k: v[row : row + 1] for k, v in batch.items()}, mix)
         assert torch.allclose(mixed[row], alone[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_rows_with_different_forms_equal_one_row_at_a_time(network):
+    """Up to eight forms in a batch, each with its own row, until every form that has a site was there."""
+    module, batch = tiny(network)
+    model = pt.Model(module)
+    there = [n for n in forms if sites_of(n, model) and "rows" not in forms[n].exceptions]
+    for name in there:
+        model.attach(adapter_for(name, model, moved=True), name)
+    row = {k: v[:1] for k, v in batch.items()}
+    for at in range(0, len(there), 8):
+        names = there[at : at + 8]
+        many = {k: v.repeat(len(names), *[1] * (v.dim() - 1)) for k, v in row.items()}
+        mixed = run(model, many, names)
+        for i, name in enumerate(names):
+            assert torch.allclose(mixed[i], run(model, row, name)[0], atol=1e-5, rtol=1e-4), name
 
 
 @pytest.mark.parametrize(("name", "network"), every)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, listing, nearest
-from .form import Form, Patch
+from .form import Form, Part, Patch
 from .peft_files import differs, task_type
 from .select import Selector
 from .site import Site
@@ -67,6 +67,7 @@ class Adapter:
         card: where it comes from.
         name: what it is called when no other name is given.
         targets: short names that pick exactly these sites in the base, for files; the full names when empty.
+        shared: what the patches share, where the form has such.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Adapter:
         card: Card | None = None,
         name: str = "",
         targets: Sequence[str] = (),
+        shared: Part | None = None,
     ) -> None:
         self.form = form
         self.patches = dict(patches)
@@ -85,6 +87,10 @@ class Adapter:
         self.name = name
         self.targets = tuple(targets)
         self._targeted = tuple(self.patches)
+        self.shared = shared
+        for patch in self.patches.values():
+            if type(patch.form) is type(form):
+                patch.join(shared)
 
     @classmethod
     def new(
@@ -112,14 +118,17 @@ class Adapter:
         fit = [site for site in picked if not chosen.refuses(site)]
         if not fit:
             chosen.require(picked[0])
+        shared = chosen.shared(fit)
+        if shared is not None:
+            shared.start(_generator(seed, ""))
         patches: dict[str, Patch] = {}
         unlike = {}
         for site in fit:
-            patch = chosen.patch(site)
-            value = hashlib.blake2b(f"{seed}:{site.name}".encode(), digest_size=8).digest()
-            patch.start(torch.Generator().manual_seed(int.from_bytes(value)))
-            patches[site.name] = patch
-            if chosen.in_peft and (reason := differs(site, model.module.get_submodule(site.path))):
+            module = model.module.get_submodule(site.path)
+            patch = patches[site.name] = chosen.patch(site)
+            patch.join(shared)
+            patch.bound(module, site).start(_generator(seed, site.name))
+            if chosen.in_peft and (reason := differs(site, module)):
                 unlike[site.name] = reason
         base: dict[str, Any] = {"name": model.name, "source": getattr(model, "source", "") or model.name}
         base |= {"fingerprint": model.fingerprint, "kind": model.kind}
@@ -127,7 +136,8 @@ class Adapter:
             base["task_type"] = task_type(model.kind, model.module)
         if unlike:
             base["unlike_peft"] = unlike
-        return cls(chosen, patches, card=Card(base=base), name=name, targets=_targets(model.sites, list(patches)))
+        targets = _targets(model.sites, list(patches))
+        return cls(chosen, patches, card=Card(base=base), name=name, targets=targets, shared=shared).trainable()
 
     @property
     def short_targets(self) -> tuple[str, ...]:
@@ -136,10 +146,15 @@ class Adapter:
 
     # Parameters
 
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The patches by site, and what they share under the empty name."""
+        return {**({} if self.shared is None else {"": self.shared}), **self.patches}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter of patches and heads, by ``site:name`` and ``head/task:name``."""
-        for site, patch in self.patches.items():
-            for name, parameter in patch.named_parameters():
+        """Every parameter of patches and heads, by ``site:name``, ``:name`` (shared) and ``head/task:name``."""
+        for site, part in self.parts.items():
+            for name, parameter in part.named_parameters():
                 yield f"{site}:{name}", parameter
         for task, head in self.heads.items():
             for name, parameter in head.named_parameters():
@@ -151,8 +166,10 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """How many numbers its patches hold."""
-        return sum(p.numel() for patch in self.patches.values() for p in patch.parameters())
+        """How many trained numbers its patches hold."""
+        return sum(
+            p.numel() for part in self.parts.values() for n, p in part.named_parameters() if n not in part.frozen
+        )
 
     def state(self) -> dict[str, Tensor]:
         """A copy of every parameter's value, by name."""
@@ -175,15 +192,17 @@ class Adapter:
                 own[name].copy_(value)
 
     def trainable(self, flag: bool = True) -> Self:
-        """Says whether its parameters take gradients. Nothing else of any model changes."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(flag)
+        """Says whether its parameters take gradients (never those that its form freezes). No model changes."""
+        for part in self.parts.values():
+            part.trainable(flag)
+        for head in self.heads.values():
+            head.requires_grad_(flag)
         return self
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the values; the parameters stay the same objects."""
-        for patch in self.patches.values():
-            patch.to(device)
+        for part in self.parts.values():
+            part.to(device)
         for head in self.heads.values():
             head.to(device)
         return self
@@ -299,6 +318,12 @@ class Adapter:
     def __repr__(self) -> str:
         heads = f", heads: {listing(self.heads)}" if self.heads else ""
         return f"Adapter({self.name!r}, {self.form}, {len(self.patches)} sites, {self.size:,} parameters{heads})"
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Of a site's start: independent of which other sites there are."""
+    value = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(value))
 
 
 def _targets(sites: Sequence[Site], names: list[str]) -> list[str]:

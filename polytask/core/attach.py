@@ -128,6 +128,8 @@ class Slot:
 
     def put(self, name: str, patch: Patch) -> None:
         """Adds an adapter's patch."""
+        if name in self.patches:
+            self.take(name)
         self.patches[name] = patch.bound(self.module, self.site)
         self._prefers += patch.form.acts == "weight"
         self._changed()
@@ -203,7 +205,7 @@ class Slot:
         active = self._active(mix)
         if not active:
             return stored
-        own = [p for patch, _ in active for p in patch.parameters()]
+        own = [p for patch, _ in active for p in patch.tensors()]
         if compiling or (torch.is_grad_enabled() and any(t.requires_grad for t in (stored, *own))):
             return self._sum(name, stored, active)  # a graph serves one backward
         # a tensor made in inference mode must not be met by a later forward that records gradients

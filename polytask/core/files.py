@@ -24,7 +24,7 @@ from torch import Tensor
 from . import peft_files
 from .adapter import Adapter, Card
 from .errors import AdapterError, StorageError, listing, nearest
-from .form import Form, Patch, forms
+from .form import Form, Part, Patch, forms
 from .head import Head
 from .peft_files import PREFIX
 from .site import Site
@@ -46,9 +46,9 @@ def save(adapter: Adapter, folder: Path) -> Path:
     config = peft_files.write_config(adapter)
     sites = [patch.site for patch in adapter.patches.values()]
     weights = {
-        _key(path, patch, name): parameter.detach()
-        for path, patch in adapter.patches.items()
-        for name, parameter in patch.named_parameters()
+        _key(path, part, name): parameter.detach()
+        for path, part in adapter.parts.items()
+        for name, parameter in part.named_parameters()
     }
     if config["target_parameters"]:
         weights = peft_files.fold(weights, sites)
@@ -130,8 +130,10 @@ def _keep(path: Path, old: Path) -> None:
         old.write_bytes(path.read_bytes())
 
 
-def _key(path: str, patch: Patch, name: str) -> str:
-    return f"{PREFIX}{path}.{patch.keys.get(name, name)}".removesuffix(".")
+def _key(path: str, part: Part, name: str) -> str:
+    if part.site is None:
+        return part.keys.get(name, f"base_model.shared.{name}")
+    return f"{PREFIX}{path}.{part.keys.get(name, name)}".removesuffix(".")
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -324,18 +326,21 @@ def _read_ours(
         tensors, _ = peft_files.unfold(tensors, config["target_parameters"], ranks.__getitem__)
     patches: dict[str, Patch] = {}
     known = 0
+    shared = form.shared([site for site, own in described if not own or own["name"] == form.name])
+    parts: list[tuple[str, Part]] = [] if shared is None else [("", shared)]
     for site, own in described:
-        patch = (Form.of(own) if own else form).patch(site)
-        keys = {name: _key(site.name, patch, name) for name in patch._parameters}
+        patches[site.name] = (Form.of(own) if own else form).patch(site)
+        parts.append((site.name, patches[site.name]))
+    for path, part in parts:
+        keys = {name: _key(path, part, name) for name in part._parameters}
         found = {name: tensors[key] for name, key in keys.items() if key in tensors}
-        patch.load(found)
+        part.load(found)
         known += len(found)
-        patches[site.name] = patch
     if known != len(tensors):
         raise AdapterError(f"{folder / WEIGHTS} has {len(tensors)} tensors, and {CARD} describes {known} of them")
     heads = _read_heads(folder, ours)
     card = Card.from_dict(ours.get("card", {}))
-    return Adapter(form, patches, heads, card, str(ours.get("name", "")), ours.get("targets", ()))
+    return Adapter(form, patches, heads, card, str(ours.get("name", "")), ours.get("targets", ()), shared)
 
 
 def _read_heads(folder: Path, ours: Mapping[str, Any]) -> dict[str, Head]:

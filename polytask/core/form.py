@@ -5,7 +5,7 @@ Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,6 +16,8 @@ from .errors import AdapterError, ConfigError, MixError, SiteError, listing, nea
 from .registry import Registry
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .model import Model
     from .site import Site
 
 
@@ -167,7 +169,59 @@ def _trail(weight: Tensor, like: Tensor) -> Tensor:
     return weight.reshape(*weight.shape, *[1] * (like.dim() - weight.dim()))
 
 
-class Patch(nn.Module):
+class Part(nn.Module):
+    """Tensors of an adapter: those at one site (`Patch`), or those that its sites share.
+
+    Attributes:
+        keys: parameter name to its name in a file (``{"A": "lora_A.weight"}``): after the site's path for a patch, the
+            whole name for what is shared.
+        frozen: names of parameters that are saved and never trained.
+    """
+
+    keys: Mapping[str, str] = {}
+    frozen: frozenset[str] = frozenset()
+    form: Any
+    site: Site | None = None
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+
+    def start(self, generator: torch.Generator) -> None:
+        """Sets fresh values."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the values of a file (by parameter name), without copying them.
+
+        Raises:
+            AdapterError: a tensor is missing, not asked for, or has another shape.
+        """
+        where = f"at {self.site.name!r}" if self.site is not None else "that its sites share"
+        missing = sorted(set(self._parameters) - set(tensors))
+        extra = sorted(set(tensors) - set(self._parameters))
+        if missing or extra:
+            raise AdapterError(
+                f"the adapter's tensors {where} do not match the form {self.form.name!r}: "
+                + "; ".join(f"{what} {listing(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n)
+            )
+        for name, tensor in tensors.items():
+            want = self._parameters[name]
+            if want is None or tuple(want.shape) != tuple(tensor.shape):
+                shape = None if want is None else tuple(want.shape)
+                raise AdapterError(
+                    f"{name} {where} has shape {tuple(tensor.shape)} in the file, "
+                    f"but {self.form} needs {shape} there; the file is for another model or another form"
+                )
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def trainable(self, flag: bool = True) -> None:
+        """Says which of its parameters take gradients: all but the frozen ones, or none."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(flag and name not in self.frozen)
+
+
+class Patch(Part):
     """One adapter at one site.
 
     A patch that is attached is a *bound* copy: it shares the parameters and sees the module it acts on as ``base``, so
@@ -178,22 +232,33 @@ class Patch(nn.Module):
         form: the settings it was built from.
         site: where it acts.
         base: the module it is attached to, None while it is not.
-        keys: parameter name to its name in a file, without the site's path (``{"A": "lora_A.weight"}``).
+        shared: the tensors that all patches of the adapter share, where its form has such.
     """
 
     bank: ClassVar[type[Bank]] = Bank
-    keys: Mapping[str, str] = {}
     base: nn.Module | None = None
-    form: Any
+    shared: Any = None
     site: Site
 
     def __init__(self, form: Form, site: Site) -> None:
-        super().__init__()
-        self.form = form
+        super().__init__(form)
         self.site = site
 
     def start(self, generator: torch.Generator) -> None:
-        """Sets fresh values. The patch contributes exactly zero afterwards unless its form says otherwise."""
+        """Sets fresh values; ``base`` and ``shared`` are there already.
+
+        The patch contributes exactly zero afterwards unless its form says otherwise.
+        """
+
+    def join(self, shared: Part | None) -> None:
+        """Gives the patch what all patches of its adapter share."""
+        self.__dict__["shared"] = shared  # past nn.Module.__setattr__: it is not the patch's own
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that what it contributes depends on: its own and the shared ones."""
+        yield from self.parameters()
+        if self.shared is not None:
+            yield from self.shared.parameters()
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         """What this adapter adds at its site: c(x, y), of the shape of ``y``."""
@@ -212,29 +277,6 @@ class Patch(nn.Module):
         """The change of each parameter of the site's module by its name; None where there is no such change."""
         delta = self.delta()
         return None if delta is None else {self.site.param or "weight": delta}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the values of a file (by parameter name), without copying them.
-
-        Raises:
-            AdapterError: a tensor is missing, not asked for, or has another shape.
-        """
-        missing = sorted(set(self._parameters) - set(tensors))
-        extra = sorted(set(tensors) - set(self._parameters))
-        if missing or extra:
-            raise AdapterError(
-                f"the adapter's tensors at {self.site.name!r} do not match the form {self.form.name!r}: "
-                + "; ".join(f"{what} {listing(n)}" for what, n in (("missing", missing), ("unknown", extra)) if n)
-            )
-        for name, tensor in tensors.items():
-            want = self._parameters[name]
-            if want is None or tuple(want.shape) != tuple(tensor.shape):
-                shape = None if want is None else tuple(want.shape)
-                raise AdapterError(
-                    f"{name} at {self.site.name!r} has shape {tuple(tensor.shape)} in the file, "
-                    f"but {self.form} needs {shape} there; the file is for another model or another form"
-                )
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
     def bound(self, base: nn.Module, site: Site) -> Self:
         """A view of this patch (the same parameter objects) that acts on ``base``, the module of ``site``."""
@@ -276,6 +318,7 @@ class Form:
         peft_type: the ``peft_type`` written into files: PEFT's own where PEFT has the form.
         default_lr: the peak learning rate that suits it with AdamW.
         paper: the reference shown by ``polytask forms``.
+        exceptions: checks of the forms' contract suite that do not hold for it, each with the reason.
     """
 
     name: ClassVar[str] = ""
@@ -287,10 +330,24 @@ class Form:
     mergeable: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-3
     paper: ClassVar[str] = ""
+    exceptions: ClassVar[Mapping[str, str]] = {}
 
     def patch(self, site: Site) -> Patch:
         """An empty patch for ``site``; its values come from ``start`` or ``load``."""
         raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site]) -> Part | None:
+        """What the patches at ``sites`` share, empty as they are; None where each has all that it needs."""
+        return None
+
+    def begin(self, model: Model, adapter: Adapter, batches: Sequence[Callable[[], Tensor]]) -> None:
+        """A start that looks at data: called once by `polytask.learn`, on a fresh adapter that is attached and acts.
+
+        Args:
+            model: the base.
+            adapter: what was started by ``Patch.start``.
+            batches: each runs the forward of one batch of training examples and returns its mean loss.
+        """
 
     def refuses(self, site: Site) -> str:
         """Why this form cannot act at ``site``, or the empty string."""
@@ -333,6 +390,7 @@ class Form:
     # Files: how the settings are written to and read from ``adapter_config.json``. A form that PEFT has overrides it.
 
     tensor_names: ClassVar[dict[str, str]] = {}  # a tensor's name in a file, after the site's path, to its parameter
+    shared_names: ClassVar[dict[str, str]] = {}  # the whole name of a shared tensor in PEFT's file, to its parameter
 
     def to_peft(self, patches: Mapping[str, Patch]) -> dict[str, Any]:
         """The form's part of ``adapter_config.json`` for an adapter with these patches."""

@@ -217,6 +217,12 @@ class Model:
         if not self._hub.adapters:
             _attach.refresh(self.module, None)
 
+    def rebind(self, name: str) -> None:
+        """Takes up what became of an attached adapter whose patches were replaced or resized."""
+        adapter = self._hub.adapters[name]
+        for patch in adapter.patches.values():
+            self._hub.slots[adapter.fit(patch, self).name].put(name, patch)
+
     def _adopt_root(self) -> None:
         if self.module.__dict__.get(HUB) is not self._hub:
             if HUB in self.module.__dict__:

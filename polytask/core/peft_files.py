@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, listing
@@ -177,6 +178,8 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
 
     general = kind.from_peft(config)
     targets = config.get("target_parameters") or []
+    common = {kind.shared_names[key]: tensors[key] for key in kind.shared_names if key in tensors}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in kind.shared_names}
     tensors, experts = unfold(tensors, targets, lambda name: getattr(kind.from_peft(config, name), "rank", 1))
     found, saved, notes = _sorted_out(folder, config, kind, tensors)
     ends = [key.removeprefix(PREFIX).rpartition(".") for key in tensors]
@@ -193,6 +196,11 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
         patches[path] = patch
     if not patches:
         raise AdapterError(f"{folder} holds no tensor of the form {kind.name!r}")
+    shared = general.shared([patch.site for patch in patches.values()])
+    if shared is not None and common:
+        shared.load(common)
+    elif shared is not None:  # PEFT may leave out what its seed gives again
+        shared.start(torch.Generator().manual_seed(int(config.get("projection_prng_key") or 0)))
     for path, parts in saved.items():
         for patch in _saved_module(path, parts):
             patches[patch.site.name] = patch
@@ -201,7 +209,8 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
     narrowed = any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "target_parameters"))
     short = config.get("target_modules")
     names = sorted(short) if isinstance(short, list) and not narrowed else []
-    return Adapter(general, patches, card=Card(base=base, notes=notes), name=folder.name, targets=names)
+    card = Card(base=base, notes=notes)
+    return Adapter(general, patches, card=card, name=folder.name, targets=names, shared=shared)
 
 
 _Parts = dict[str, dict[str, Tensor]]

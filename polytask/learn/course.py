@@ -35,6 +35,7 @@ class Course:
         fresh: the tasks whose heads are new.
         rows: training rows by task.
         step: optimiser steps taken.
+        begun: whether the adapter has had its start, also the part that looks at data.
         best: (score, step, state) of the best evaluation on dev.
     """
 
@@ -46,13 +47,14 @@ class Course:
     rows: list[list[Row]] = field(default_factory=list)
     dev: list[list[Row]] = field(default_factory=list)
     step: int = 0
+    begun: bool = False
     best: tuple[float, int, dict[str, Tensor]] | None = None
     worse: int = 0
     stopped: bool = False
     scores: list[dict[str, Any]] = field(default_factory=list)
 
-    def prepare(self, model: Model) -> None:
-        """Reads the examples and builds the optimiser. Raises `DataError` when there is nothing to learn from."""
+    def read(self, model: Model) -> None:
+        """Reads the examples and plans the batches. Raises `DataError` when there is nothing to learn from."""
         longest = self.schedule.longest
         for task in self.tasks:
             if not task.train:
@@ -67,6 +69,9 @@ class Course:
         self.total = math.ceil(self.micro / self.schedule.accumulate)
         count = self.schedule.evaluations or max(1, math.ceil(self.schedule.epochs))
         self.checks = {round(self.total * (i + 1) / count) for i in range(count)}
+
+    def prepare(self) -> None:
+        """Builds the optimiser."""
         self.optimiser = self._optimiser()
         name = "constant_with_warmup" if self.schedule.schedule == "constant" else self.schedule.schedule
         self.scheduler = get_scheduler(name, self.optimiser, math.ceil(self.total * self.schedule.warmup), self.total)
@@ -158,7 +163,7 @@ class Course:
         return record
 
     def _optimiser(self) -> torch.optim.Optimizer:
-        patches = [p for patch in self.adapter.patches.values() for p in patch.parameters()]
+        patches = [p for part in self.adapter.parts.values() for p in part.parameters() if p.requires_grad]
         heads = [p for head in self.adapter.heads.values() for p in head.parameters()]
         groups: list[dict[str, Any]] = [{"params": patches, "lr": self.lr, "weight_decay": self.schedule.weight_decay}]
         if heads:

@@ -109,7 +109,7 @@ def learn(
     for group in groups:
         called = name if name and len(groups) == 1 else "joint" if mixture == "joint" else group[0].name
         adapter, fresh = _fresh(model, group, Form.of(form), sites, stage, called, start)
-        courses.append(Course(called, adapter, group, stage, fresh))
+        courses.append(Course(called, adapter, group, stage, fresh, begun=start is not None))
     loss = objective if isinstance(objective, Objective) else objectives[objective]() if objective else Objective()
     run = Run(model, courses, loss, Path(out) if out is not None else None, tracker, progress)
     run.go()
@@ -187,11 +187,14 @@ class Run:
         if self.tracker:
             self.accelerator.init_trackers("polytask")
         for course in self.courses:
-            course.prepare(self.model)
+            course.read(self.model)
         with torch.random.fork_rng(), peak_memory(self.model.device) as peak, self._borrowed():
             torch.manual_seed(self.courses[0].stage.seed)
             schedule = self.courses[0].schedule
+            self._begin()
             self._warm()
+            for course in self.courses:
+                course.prepare()
             chosen, why = precision.choose(schedule.precision, self.model.module, self.model.device, self._one_loss)
             self.key = checkpoint.signature(self.courses, self.model.fingerprint, chosen)
             if self._learned():
@@ -229,6 +232,19 @@ class Run:
         for course, adapter in zip(self.courses, found, strict=True):
             course.adapter = adapter
         return True
+
+    def _begin(self) -> None:
+        """Starts of fresh adapters that look at data."""
+        for course in self.courses:
+            if course.begun:
+                continue
+            batches = [
+                lambda items=items, course=course: self._losses([(course, items)])[0]  # type: ignore[misc]
+                for items in course.batches(0)
+            ]
+            with self.model.using(course.name):
+                course.adapter.form.begin(self.model, course.adapter, batches)
+            self.model.rebind(course.name)
 
     def _warm(self) -> None:
         """Heads that are fresh start from a probe of the base with their adapter as it is now."""
@@ -423,7 +439,7 @@ class Run:
             }
             card.training = {
                 **facts, "signature": self.key, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
-                "trained_parameters": sum(p.numel() for p in course.adapter.parameters()), "lr": course.lr,
+                "trained_parameters": sum(p.numel() for p in course.adapter.parameters() if p.requires_grad), "lr": course.lr,
                 "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
             }  # fmt: skip
             card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
