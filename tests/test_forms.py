@@ -24,7 +24,7 @@ def sites_of(name, model):
     """The sites that a form acts at when nobody says where, convolutions too where it can."""
     form = forms[name]()
     chosen = form.default_sites + (" | kind:conv" if "conv" in form.kinds else "")
-    return [site.name for site in pt.core.select.select(model.sites, lambda s: True) if _takes(form, chosen, site)]
+    return [site for site in model.sites if _takes(form, chosen, site)]
 
 
 def _takes(form, selector, site):
@@ -33,12 +33,13 @@ def _takes(form, selector, site):
 
 def adapter_for(name, model, seed=0, moved=False):
     """A fresh adapter of a form at every site that it can act at; ``moved`` away from its start."""
-    adapter = pt.Adapter.new(model, forms[name](), sites=sites_of(name, model), seed=seed)
+    adapter = pt.Adapter.new(model, forms[name](), sites=sites_of(name, model).__contains__, seed=seed)
     if moved:
         generator = torch.Generator().manual_seed(seed + 100)
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter += MOVED * torch.randn(parameter.shape, generator=generator)
+                if parameter.is_floating_point():  # not the places of a sparse change
+                    parameter += MOVED * torch.randn(parameter.shape, generator=generator)
     return adapter
 
 

@@ -130,6 +130,7 @@ class Adapter:
             patch.bound(module, site).start(_generator(seed, site.name))
             if chosen.in_peft and (reason := differs(site, module)):
                 unlike[site.name] = reason
+        chosen.made(model, patches)
         base: dict[str, Any] = {"name": model.name, "source": getattr(model, "source", "") or model.name}
         base |= {"fingerprint": model.fingerprint, "kind": model.kind}
         if chosen.in_peft:
@@ -215,9 +216,12 @@ class Adapter:
 
     @property
     def hash(self) -> str:
-        """sha256 of every value, by name: two adapters that are bit for bit the same have the same hash."""
+        """sha256 of every value that is saved, by name: two adapters that are bit for bit the same have the same hash."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.named_parameters(), key=lambda item: item[0]):
+        saved = {f"{site}:{name}": value for site, part in self.parts.items() for name, value in part.stored().items()}
+        for task, head in self.heads.items():
+            saved |= {f"head/{task}:{name}": value for name, value in head.named_parameters()}
+        for name, parameter in sorted(saved.items()):
             digest.update(f"{name}{parameter.dtype}{tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -250,7 +254,11 @@ class Adapter:
         name = patch.site.name
         model.sites  # noqa: B018  fills the index
         prefix = getattr(model.module, "base_model_prefix", "") or ""
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        names = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+        if name.startswith("*"):  # the file does not name it: the one of its kind, in its layer
+            same = [s.name for s in model.sites if (s.kind, s.layer) == (patch.site.kind, patch.site.layer)]
+            names = same if len(same) == 1 else []
+        for candidate in names:
             site = model._by_name.get(candidate)
             if site is None:
                 continue

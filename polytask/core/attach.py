@@ -21,6 +21,7 @@ from .errors import MixError, SiteError, listing
 from .form import Bank, Call, Patch
 from .mix import Mix
 from .site import Site
+from .tokens import Inserted, config_of
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -45,6 +46,7 @@ class Hub:
         self.call = Call()
         self.given = False  # whether the call was set from outside and is not to be guessed from the inputs
         self.generating = False
+        self.crossing: Slot | None = None  # the input of an encoder whose decoder looks at the virtual tokens too
         self.unreached: set[str] | None = None  # sites that have not acted yet; None when nobody looks any more
 
     def set_mix(self, mix: Mix | None) -> None:
@@ -78,11 +80,11 @@ class Hub:
             first = next((v for v in inputs if isinstance(v, Tensor) and v.dim() > 0), None)
             rows = None if first is None else first.shape[0]
             tasks = self.call.tasks
-            if tasks is not None and rows is not None:
+            if tasks is not None and rows is not None and len(tasks) > 1:
                 each = self._fits(len(tasks), rows, "the call has a task for")
                 tasks = tuple(task for task in tasks for _ in range(each))
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            self.call = Call(tasks, mask, rows, self.call.step)
+            self.call = Call(tasks, mask, rows, self.call.step).spread()
         need = getattr(self.mix, "rows", None)
         if isinstance(need, tuple) and self.call.rows is not None:
             self._fits(len(need), self.call.rows, "the mix has an entry for")
@@ -99,7 +101,9 @@ class Hub:
         """At the end of a forward of the whole model: says once which sites of the active adapters did not act."""
         if not self.given and not torch.is_grad_enabled():
             # a part of the model that is called alone must not see this mask; a backward that recomputes must
-            self.call = Call(tasks=self.call.tasks, step=self.call.step)
+            tasks = self.call.tasks
+            one = tasks is not None and len(set(tasks)) == 1  # the next batch may have another number of rows
+            self.call = Call(tasks=tasks[:1] if one and tasks else tasks, step=self.call.step)
         if self.unreached:
             names = sorted(self.unreached)
             warnings.warn(
@@ -168,7 +172,7 @@ class Slot:
             self._banks = (names, [kind.bank(group) for (kind, _), group in groups.items()])
         return self._banks[1]
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, call: Call | None = None) -> Tensor:
         """The site's output: the base's ``y`` plus the active mix of this site's patches."""
         hub = self.hub
         mix = hub.mix
@@ -178,7 +182,7 @@ class Slot:
             hub.unreached.discard(self.site.name)
         if self.by_weight(mix):
             return y  # the weight already had the change
-        return mix.combine(self, x, y, hub.call)
+        return mix.combine(self, x, y, call or hub.call)
 
     def by_weight(self, mix: Mix) -> bool:
         """Whether the change is made to the weight: nobody calls the module, or all active patches prefer it."""
@@ -188,6 +192,19 @@ class Slot:
             return False
         fixed = mix.fixed(self.site, self.names)
         return fixed is not None and all(self.patches[n].form.acts == "weight" for n, w in fixed.items() if w)
+
+    def alone(self) -> Patch | None:
+        """The patch that acts here with weight 1 and no other beside it, where its form acts around the module."""
+        mix = self.hub.mix
+        if mix is None or self.site.read == "weight":
+            return None
+        fixed = mix.fixed(self.site, self.names)
+        active = [(n, w) for n, w in fixed.items() if w] if fixed is not None else []
+        if len(active) != 1 or active[0][1] != 1.0 or self.patches[active[0][0]].form.acts != "around":
+            return None
+        if not torch.compiler.is_compiling() and self.hub.unreached:
+            self.hub.unreached.discard(self.site.name)
+        return self.patches[active[0][0]]
 
     def parameter(self, name: str, stored: Tensor) -> Tensor:
         """What a reader of the module's parameter ``name`` sees: the stored tensor plus the active mix's deltas.
@@ -251,13 +268,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @functools.cache
-def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root: bool) -> type[nn.Module]:
+def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: str, root: bool) -> type[nn.Module]:
     """The subclass of ``cls`` that acts for the slots of a module.
 
     Args:
         cls: the module's own class.
         parameters: parameters whose readers get the adapted tensor.
-        site: whether the module's output is a site.
+        site: where the module is a site: at its ``output``, ``around`` its forward, inside its ``attention``, at its
+            ``input``, or nowhere ("").
         root: whether the module is the whole model (it opens and closes a call).
     """
     original: Callable[..., Any] = cls.forward
@@ -266,9 +284,16 @@ def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if root:
-            _enter(self, order, args, kwargs)
-        out = original(self, *args, **kwargs)
-        if site:
+            args, kwargs = _enter(self, order, args, kwargs)
+        if site == "around":
+            out = _around(self, original, args, kwargs)
+        elif site == "input":
+            inserted = Inserted(self.__dict__[SLOT], self)
+            with inserted:
+                out = inserted.leave(original(self, **inserted.enter(args, kwargs)))
+        else:
+            out = original(self, *args, **kwargs)
+        if site == "output":
             out = adapted(self, args, kwargs, out)
         if root:
             _leave(self)
@@ -282,16 +307,24 @@ def swapped(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root:
     body["_polytask_class"], body["_polytask_order"] = cls, order
     for name in parameters:
         body[name] = property(functools.partial(_read, name))
+    if site == "attention":
+        body["config"] = property(config_of)
     if root and hasattr(cls, "generate"):
         body["generate"] = _generating(cls.generate)
     body["__module__"], body["__qualname__"], body["__doc__"] = cls.__module__, cls.__qualname__, cls.__doc__
     return type(cls.__name__, (cls,), body)
 
 
-def _enter(module: nn.Module, order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _enter(module: nn.Module, order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     hub: Hub | None = module.__dict__.get(HUB)
-    if hub is not None:
-        hub.enter({**dict(zip(order, args, strict=False)), **kwargs} if args else kwargs, args)
+    if hub is None:
+        return args, kwargs
+    given = {**dict(zip(order, args, strict=False)), **kwargs} if args else kwargs
+    hub.enter(given, args)
+    return (args, kwargs) if hub.crossing is None else ((), Inserted.cross(hub.crossing, given))
 
 
 def _leave(module: nn.Module) -> None:
@@ -312,7 +345,20 @@ def adapted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     return slot(x, out)
 
 
-def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...], site: bool, root: bool) -> nn.Module:
+def _around(module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The output of a site where a patch may choose the input that the base's own forward runs on."""
+    slot: Slot | None = module.__dict__.get(SLOT)
+    patch = None if slot is None else slot.alone()
+    if slot is None or patch is None:
+        return adapted(module, args, kwargs, original(module, *args, **kwargs))
+    slot.acted = True
+    if args:
+        return patch.around(lambda x: original(module, x, *args[1:], **kwargs), args[0], slot.hub.call)
+    first = next(iter(kwargs))
+    return patch.around(lambda x: original(module, **{**kwargs, first: x}), kwargs[first], slot.hub.call)
+
+
+def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...], site: str, root: bool) -> nn.Module:
     kind = swapped(cls, parameters, site, root)  # type: ignore[arg-type]  # classes can be hashed
     return kind.__new__(kind)
 
@@ -373,7 +419,11 @@ def refresh(module: nn.Module, hub: Hub | None) -> None:
         module.__dict__[HUB] = hub
     reads = tuple(sorted({name for slot in slots.values() for name in slot.reads}))
     called = own is not None and own.site.read == "call"
-    kind = swapped(cls, reads, called, hub is not None)  # type: ignore[arg-type]  # classes can be hashed
+    where = own.site.kind if own is not None and own.site.kind in ("attention", "input") else "output" if called else ""
+    called = where == "output"
+    if called and own is not None and any(patch.form.acts == "around" for patch in own.patches.values()):
+        where = "around"
+    kind = swapped(cls, reads, where, hub is not None)  # type: ignore[arg-type]  # classes can be hashed
     module.__class__ = kind
     if "forward" in module.__dict__ and (called or hub is not None):
         # a forward set on the instance (accelerate's hooks) hides the class's: it is wrapped, and given back on detach.
@@ -383,12 +433,14 @@ def refresh(module: nn.Module, hub: Hub | None) -> None:
 
 
 def _outer(module: nn.Module, order: tuple[str, ...], inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    _enter(module, order, args, kwargs)
+    args, kwargs = _enter(module, order, args, kwargs)
     slot: Slot | None = module.__dict__.get(SLOT)
     if slot is not None:
         slot.acted = False
     out = inner(*args, **kwargs)
-    if slot is not None and not slot.acted:  # the inner one may have been set after attaching, and call the class's
+    output = slot is not None and slot.site.kind not in ("attention", "input")
+    # the inner one may have been set after attaching, and call the class's
+    if output and slot is not None and not slot.acted:
         out = adapted(module, args, kwargs, out)
     _leave(module)
     return out
@@ -398,7 +450,7 @@ def _outer(module: nn.Module, order: tuple[str, ...], inner: Callable[..., Any],
 def calling(hub: Hub, call: Call) -> Iterator[None]:
     """Sets what the forwards inside know, where they cannot guess it from the model's inputs."""
     before = (hub.call, hub.given)
-    hub.call, hub.given = call, True
+    hub.call, hub.given = call.spread(), True
     try:
         yield
     finally:

@@ -46,10 +46,9 @@ def save(adapter: Adapter, folder: Path) -> Path:
     config = peft_files.write_config(adapter)
     sites = [patch.site for patch in adapter.patches.values()]
     weights = {
-        _key(path, part, name): parameter.detach()
-        for path, part in adapter.parts.items()
-        for name, parameter in part.named_parameters()
+        _key(path, part, name): tensor for path, part in adapter.parts.items() for name, tensor in part.stored().items()
     }
+    weights = adapter.form.pack(adapter.patches) or weights
     if config["target_parameters"]:
         weights = peft_files.fold(weights, sites)
     heads = {
@@ -196,7 +195,7 @@ def load(path: str | Path, *, revision: str | None = None, subfolder: str | None
     kind = _kind(folder, config)
     ours = _read_json(folder / CARD) if (folder / CARD).is_file() else None
     tensors, mark = _read_weights(folder)
-    foreign = config["peft_type"] == kind.peft_type and kind.in_peft
+    foreign = kind.in_peft and config["peft_type"] != peft_files.own_type(kind)
     if ours is not None and not mark and foreign:
         warnings.warn(
             f"{folder}: the weights were written by another program than {CARD} beside them, so that file and the "
@@ -229,12 +228,12 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> type[Form]:
                 "reads those of PEFT and its own, so train the adapter again, or save a merged model with that library"
             )
         raise AdapterError(f"{folder / CONFIG} has no peft_type, so it does not say what kind of adapter this is")
-    by_type = {t: kind for kind in forms.values() for t in (kind.peft_type, peft_files.own_type(kind))}
-    if name not in by_type:
-        known = sorted(by_type)
+    found = [kind for kind in forms.values() if name == peft_files.own_type(kind) or kind.reads(config)]
+    if not found:
+        known = sorted({t for kind in forms.values() for t in (kind.peft_type, peft_files.own_type(kind))})
         hint = nearest(str(name), known)
         raise AdapterError(f"{folder / CONFIG}: the form {name!r} is not known{hint}; known are {listing(known)}")
-    return by_type[name]
+    return found[0]
 
 
 def _folder(path: str, revision: str | None, subfolder: str | None) -> Path:
@@ -331,8 +330,12 @@ def _read_ours(
     for site, own in described:
         patches[site.name] = (Form.of(own) if own else form).patch(site)
         parts.append((site.name, patches[site.name]))
+    if form.pack(patches) is not None:
+        for path, found in form.unpack(config, tensors, [site for site, _ in described]).items():
+            patches[path].load(found)
+        parts, known = [], len(tensors)
     for path, part in parts:
-        keys = {name: _key(path, part, name) for name in part._parameters}
+        keys = {name: _key(path, part, name) for name in part.packs or part._parameters}
         found = {name: tensors[key] for name, key in keys.items() if key in tensors}
         part.load(found)
         known += len(found)

@@ -6,7 +6,7 @@ Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
     from .model import Model
     from .site import Site
+    from .tokens import Heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +31,35 @@ class Call:
         mask: [B, T], 1 at real tokens, or None when all are real.
         rows: B of the model's input, or None when only a part of the model was called.
         step: the optimiser step, or None outside training.
+        heads: what an attention works on, for patches at sites of kind ``attention``; None elsewhere.
     """
 
     tasks: tuple[str, ...] | None = None
     mask: Tensor | None = None
     rows: int | None = None
     step: int | None = None
+    heads: Heads | None = None
 
-    def take(self, index: Tensor) -> Call:
-        """The same call narrowed to the rows in ``index`` [n]."""
+    def spread(self) -> Call:
+        """The same call with the one task that all rows have written out for each."""
+        if self.tasks is None or len(self.tasks) != 1 or not self.rows:
+            return self
+        return replace(self, tasks=self.tasks * self.rows)
+
+    def take(self, index: Tensor, of: int) -> Call:
+        """The same call narrowed to the entries in ``index`` [n] of ``of`` that a site sees.
+
+        What belongs to the rows of the batch stays whole where a site sees something else than rows (windows, pieces).
+        """
+        heads = None if self.heads is None else self.heads.take(index)
+        if self.rows != of:
+            return replace(self, heads=heads)
         return Call(
             tasks=None if self.tasks is None else tuple(self.tasks[i] for i in index.tolist()),
             mask=None if self.mask is None else self.mask[index],
             rows=len(index),
             step=self.step,
+            heads=heads,
         )
 
 
@@ -146,8 +162,7 @@ class Bank:
             if len(rows) == 0:
                 return out
             if len(rows) < len(weight):  # a row that does not use this adapter costs nothing
-                narrowed = call.take(rows) if call.rows == len(weight) else call
-                part = patch.contribute(x[rows], y[rows], narrowed)
+                part = patch.contribute(x[rows], y[rows], call.take(rows, len(weight)))
                 return out.index_add(0, rows, (part * _trail(weight[rows], part)).to(out.dtype))
         part = patch.contribute(x, y, call)
         return out + (part * _trail(weight, part)).to(out.dtype)
@@ -176,10 +191,12 @@ class Part(nn.Module):
         keys: parameter name to its name in a file (``{"A": "lora_A.weight"}``): after the site's path for a patch, the
             whole name for what is shared.
         frozen: names of parameters that are saved and never trained.
+        packs: what `stored` gives in place of the parameters, by name; empty where it gives the parameters.
     """
 
     keys: Mapping[str, str] = {}
     frozen: frozenset[str] = frozenset()
+    packs: tuple[str, ...] = ()
     form: Any
     site: Site | None = None
 
@@ -189,6 +206,11 @@ class Part(nn.Module):
 
     def start(self, generator: torch.Generator) -> None:
         """Sets fresh values."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """What goes into a file, by name: the parameters. What packs them names its tensors in `packs`, and unpacks them
+        in `load`, where one may be left out."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes the values of a file (by parameter name), without copying them.
@@ -233,11 +255,13 @@ class Patch(Part):
         site: where it acts.
         base: the module it is attached to, None while it is not.
         shared: the tensors that all patches of the adapter share, where its form has such.
+        tokens: m, how many virtual tokens it puts before a text, at sites of kind ``input``.
     """
 
     bank: ClassVar[type[Bank]] = Bank
     base: nn.Module | None = None
     shared: Any = None
+    tokens: int = 0
     site: Site
 
     def __init__(self, form: Form, site: Site) -> None:
@@ -268,6 +292,14 @@ class Patch(Part):
         """``out + weight * c(x, y)``; a form may fuse the two."""
         part = self.contribute(x, y, call)
         return out + (part if weight == 1.0 else weight * part).to(out.dtype)
+
+    def around(self, run: Callable[[Tensor], Tensor], x: Tensor, call: Call = NO_CALL) -> Tensor:
+        """``y + c(x, y)`` from one run of the base, ``y = run(x)``: a patch may give it another input.
+
+        Only asked of forms with ``acts = "around"``, where the patch acts alone with weight 1.
+        """
+        y = run(x)
+        return self.add(x, y, y, 1.0, call)
 
     def delta(self) -> Tensor | None:
         """The dense change of the site's weight, in the weight's own layout; None where it is not linear in x."""
@@ -314,10 +346,12 @@ class Form:
         kinds: the kinds of site it can act at.
         default_sites: the selector used when none is given.
         acts: ``"output"`` adds to a module's output; ``"weight"`` prefers to change the weight that the module reads,
-            which saves a second product. Both give the same function.
+            which saves a second product; ``"around"`` prefers to choose the base's input (see `Patch.around`), which
+            saves one too. All give the same function.
         peft_type: the ``peft_type`` written into files: PEFT's own where PEFT has the form.
         default_lr: the peak learning rate that suits it with AdamW.
         paper: the reference shown by ``polytask forms``.
+        begin_rows: how many examples each batch of ``begin`` has; as many as a step's when None.
         exceptions: checks of the forms' contract suite that do not hold for it, each with the reason.
     """
 
@@ -331,6 +365,7 @@ class Form:
     default_lr: ClassVar[float] = 1e-3
     paper: ClassVar[str] = ""
     exceptions: ClassVar[Mapping[str, str]] = {}
+    begin_rows: ClassVar[int | None] = None
 
     def patch(self, site: Site) -> Patch:
         """An empty patch for ``site``; its values come from ``start`` or ``load``."""
@@ -340,6 +375,9 @@ class Form:
         """What the patches at ``sites`` share, empty as they are; None where each has all that it needs."""
         return None
 
+    def made(self, model: Model, patches: Mapping[str, Patch]) -> None:
+        """A start that looks at the whole model (its tokenizer): called once fresh patches have started."""
+
     def begin(self, model: Model, adapter: Adapter, batches: Sequence[Callable[[], Tensor]]) -> None:
         """A start that looks at data: called once by `polytask.learn`, on a fresh adapter that is attached and acts.
 
@@ -348,6 +386,10 @@ class Form:
             adapter: what was started by ``Patch.start``.
             batches: each runs the forward of one batch of training examples and returns its mean loss.
         """
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """What is added to the loss of each step while an adapter of this form learns, a number; None for nothing."""
+        return None
 
     def refuses(self, site: Site) -> str:
         """Why this form cannot act at ``site``, or the empty string."""
@@ -387,6 +429,10 @@ class Form:
             raise ConfigError(f"the form {kind.name!r} needs {listing(lacking)}")
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
+    def finish(self, adapter: Adapter) -> Adapter:
+        """What learning leaves: the adapter, or one without what only helped to learn it."""
+        return adapter
+
     # Files: how the settings are written to and read from ``adapter_config.json``. A form that PEFT has overrides it.
 
     tensor_names: ClassVar[dict[str, str]] = {}  # a tensor's name in a file, after the site's path, to its parameter
@@ -400,6 +446,31 @@ class Form:
     def from_peft(cls, config: Mapping[str, Any], path: str = "") -> Form:
         """The form at the site ``path`` that ``adapter_config.json`` describes; the general one for an empty path."""
         return cls.of({"name": cls.name, **config.get("settings", {})})
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an ``adapter_config.json`` of PEFT's is of this form, where several have one ``peft_type``."""
+        return config.get("peft_type") == cls.peft_type
+
+    def unlike_peft(self, patch: Patch) -> str:
+        """Why PEFT could not apply a patch of an adapter of this form as we do, or the empty string."""
+        return ""
+
+    def pack(self, patches: Mapping[str, Patch]) -> dict[str, Tensor] | None:
+        """The tensors of a file by whole name, where they do not lie there site by site."""
+        return None
+
+    @classmethod
+    def unpack(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: Sequence[Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The reverse of `pack`: tensors by site and parameter."""
+        raise NotImplementedError
+
+    @classmethod
+    def packed_sites(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Site] | None:
+        """The sites of a packed file of PEFT's, which names none: ``*`` and a name that says what to look for."""
+        return None
 
     @classmethod
     def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:

@@ -38,10 +38,12 @@ def merge(adapter: Adapter, model: Model, weight: float, *, in_place: bool, unti
     holders = _holders(module)
     for patch, site in fits:
         _check(patch, site, module.get_submodule(site.path), holders, untie)
-    for patch, site in fits:
+    # all are bound before the first is asked: what they share may depend on every site
+    bound = [(patch.bound(module.get_submodule(site.path), site), site) for patch, site in fits]
+    for patch, site in bound:
         target = module.get_submodule(site.path)
         with torch.no_grad():
-            for name, delta in _deltas(patch, target, site).items():
+            for name, delta in _deltas(patch, site).items():
                 _add(module, target, site, name, weight * delta)
     return plain
 
@@ -56,8 +58,8 @@ def _holders(root: nn.Module) -> dict[int, list[str]]:
     return held
 
 
-def _deltas(patch: Patch, target: nn.Module, site: Site) -> dict[str, Tensor]:
-    deltas = patch.bound(target, site).deltas()
+def _deltas(patch: Patch, site: Site) -> dict[str, Tensor]:
+    deltas = patch.deltas()
     if deltas is None:
         raise AdapterError(f"the form {patch.form.name!r} at {site.name!r} has no dense change of the weight to merge")
     return deltas

@@ -197,6 +197,8 @@ class Model:
         slot.put(name, patch)
         module.__dict__.setdefault(SLOTS, slots)[site.param] = slot
         self._hub.slots[site.name] = slot
+        if site.kind == "input" and self.kind == "seq2seq":
+            self._hub.crossing = slot
         self._refresh(module)
 
     def detach(self, name: str | None = None) -> None:
@@ -206,11 +208,7 @@ class Model:
             raise AdapterError(f"no adapter {name!r} is attached{nearest(name, self._hub.adapters)}; there is: {there}")
         for gone in [name] if name is not None else list(self._hub.adapters):
             for site, slot in [(n, s) for n, s in self._hub.slots.items() if gone in s.patches]:
-                slot.take(gone)
-                if not slot.patches:
-                    del self._hub.slots[site]
-                    del slot.module.__dict__[SLOTS][slot.site.param]
-                self._refresh(slot.module)
+                self._take(gone, site, slot)
             del self._hub.adapters[gone]
             if self._hub.mix is not None and gone in self._hub.mix.names():
                 self._hub.set_mix(None)
@@ -218,10 +216,23 @@ class Model:
             _attach.refresh(self.module, None)
 
     def rebind(self, name: str) -> None:
-        """Takes up what became of an attached adapter whose patches were replaced or resized."""
+        """Takes up what became of an attached adapter whose patches were replaced, resized or removed."""
         adapter = self._hub.adapters[name]
-        for patch in adapter.patches.values():
-            self._hub.slots[adapter.fit(patch, self).name].put(name, patch)
+        patches = {adapter.fit(patch, self).name: patch for patch in adapter.patches.values()}
+        for site, slot in [(n, s) for n, s in self._hub.slots.items() if name in s.patches]:
+            if site in patches:
+                slot.put(name, patches[site])
+            else:
+                self._take(name, site, slot)
+
+    def _take(self, name: str, site: str, slot: Slot) -> None:
+        slot.take(name)
+        if not slot.patches:
+            del self._hub.slots[site]
+            if slot is self._hub.crossing:
+                self._hub.crossing = None
+            del slot.module.__dict__[SLOTS][slot.site.param]
+        self._refresh(slot.module)
 
     def _adopt_root(self) -> None:
         if self.module.__dict__.get(HUB) is not self._hub:
@@ -241,18 +252,18 @@ class Model:
         self._hub.set_mix(Mix.of(mix))
 
     @contextmanager
-    def using(self, mix: MixLike, *, tasks: Sequence[str] | None = None) -> Iterator[Self]:
+    def using(self, mix: MixLike, *, tasks: str | Sequence[str] | None = None) -> Iterator[Self]:
         """Makes a mix act inside the block, and the one before it afterwards.
 
         Args:
             mix: as for `use`.
-            tasks: the task of each row, for adapters and mixes that ask.
+            tasks: the task of each row, or the one of all, for adapters and mixes that ask.
         """
         before = self._hub.mix
         self._hub.set_mix(Mix.of(mix))
         call = self._hub.call
         if tasks is not None:
-            self._hub.call = Call(tasks=tuple(tasks), rows=len(tasks))
+            self._hub.call = Call(tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks))
         try:
             yield self
         finally:

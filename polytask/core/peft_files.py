@@ -61,6 +61,8 @@ def obstacles(adapter: Adapter) -> list[str]:
     found = [f"{site}: {reason}" for site, reason in unlike.items() if site in adapter.patches]
     if not adapter.form.in_peft:
         return [f"PEFT has no form {adapter.form.name!r}", *found]
+    own = [(site, p) for site, p in adapter.patches.items() if type(p.form) is type(adapter.form)]
+    found += [f"{site}: {reason}" for site, p in own if (reason := adapter.form.unlike_peft(p))]
     if adapter.form.peft_type != "LORA" and any(p.site.kind == "experts" for p in adapter.patches.values()):
         found.append(f"PEFT has no {adapter.form.name!r} for fused experts")
     kind = type(adapter.form)
@@ -177,6 +179,14 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
     from .adapter import Adapter, Card
 
     general = kind.from_peft(config)
+    packed = kind.packed_sites(config, tensors)
+    if packed is not None:
+        patches = {site.name: general.patch(site) for site in packed}
+        for name, own in kind.unpack(config, tensors, packed).items():
+            patches[name].load(own)
+        return Adapter(
+            general, patches, card=Card(base={"name": config.get("base_model_name_or_path")}), name=folder.name
+        )
     targets = config.get("target_parameters") or []
     common = {kind.shared_names[key]: tensors[key] for key in kind.shared_names if key in tensors}
     tensors = {key: tensor for key, tensor in tensors.items() if key not in kind.shared_names}
@@ -184,7 +194,7 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
     found, saved, notes = _sorted_out(folder, config, kind, tensors)
     ends = [key.removeprefix(PREFIX).rpartition(".") for key in tensors]
     embeddings = {path for path, _, name in ends if "_embedding_" in name}
-    patches: dict[str, Patch] = {}
+    patches = {}
     for path, parts in found.items():
         marks = {"_embedding": path in embeddings, "_experts": path in experts}
         try:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .tokens import attention_shape
+
 Kind = Literal["linear", "conv", "embedding", "norm", "experts", "parameter", "attention", "block", "input"]
 KINDS: tuple[str, ...] = ("linear", "conv", "embedding", "norm", "experts", "parameter", "attention", "block", "input")
 
@@ -59,7 +61,9 @@ class Site:
         path: the module's path in the model (the first one where a module is shared).
         kind: what the module is; see `KINDS`.
         role: what it does in its block (``query``, ``up``, ``token``, ...), ``other`` where unknown.
-        shape: the weight's shape as it is stored; empty for blocks, attention modules and the input.
+        shape: the weight's shape as it is stored. For the input the token table's; for attention (heads, key and value
+            heads, head size), empty where it does not go through transformers' table of attention functions; empty for
+            blocks.
         layer: position in its stack of blocks, or None outside of one.
         depth: ``layer`` as a fraction of the stack, 0 for the first block and 1 for the last.
         param: the parameter's name where the site is one raw parameter of its module, else empty.
@@ -128,11 +132,12 @@ def role_of(name: str, kind: str = "linear") -> str:
 def find_sites(root: nn.Module) -> list[Site]:
     """Every site of a network, in the order of its modules. A module that is shared gives one site."""
     stacks = _stacks(root)
+    entry = _entry(root)
     found: list[Site] = []
     for path, module in root.named_modules():
         layer, depth = _place(path, stacks)
         rows = _sees_rows(root, path)
-        for kind, param, shape, transposed, read in _describe(root, path, module, stacks):
+        for kind, param, shape, transposed, read in _describe(root, path, module, stacks, entry):
             name = f"{path}.{param}" if param else path
             bias = not param and module._parameters.get("bias") is not None
             found.append(
@@ -145,10 +150,10 @@ _Description = tuple[str, str, tuple[int, ...], bool, str]
 
 
 def _describe(
-    root: nn.Module, path: str, module: nn.Module, stacks: dict[str, tuple[int, int]]
+    root: nn.Module, path: str, module: nn.Module, stacks: dict[str, tuple[int, int]], entry: str
 ) -> Iterator[_Description]:
-    if path == "":
-        yield "input", "", (), False, "call"
+    if path == entry:
+        yield "input", "", _table(module), False, "call"
     if path in stacks:
         yield "block", "", (), False, "call"
     kind = _leaf_kind(module)
@@ -157,7 +162,7 @@ def _describe(
         yield kind, "", weight, type(module).__name__ == "Conv1D", _how_read(root, path)
         return
     if _is_attention(module) and not any(_is_attention(m) for m in module.modules() if m is not module):
-        yield "attention", "", (), False, "call"
+        yield "attention", "", attention_shape(module), False, "call"
     for name, parameter in module._parameters.items():
         if parameter is None or ".parametrizations." in f".{path}.":
             continue
@@ -165,6 +170,33 @@ def _describe(
         projection = isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2
         fused = parameter.dim() == 3 and "expert" in f"{type(module).__name__} {path}".lower()
         yield "linear" if projection else "experts" if fused else "parameter", name, shape, False, "weight"
+
+
+def _base_path(root: nn.Module) -> str:
+    """The path of the network without its head."""
+    base = getattr(root, "base_model", root)
+    return next((path for path, module in root.named_modules() if module is base), "")
+
+
+def _entry(root: nn.Module) -> str:
+    """The path of the module that turns token ids (or pixels) into the vectors that the blocks work on."""
+    path = _base_path(root)
+    base = root.get_submodule(path)
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        inner = f"{path}.encoder".lstrip(".")
+        if isinstance(base._modules.get("encoder"), nn.Module):
+            return inner
+    return path
+
+
+def _table(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the table of token vectors, () where there is none."""
+    get = getattr(module, "get_input_embeddings", None)
+    try:
+        table = get() if get is not None else None
+    except (NotImplementedError, AttributeError):
+        table = None
+    return tuple(table.weight.shape) if isinstance(table, nn.Embedding) else ()
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -250,7 +250,7 @@ class Comparison:
         self._forgetting(values, base, general)
 
     def _probed(self, task: Task, mix: str | None) -> float | None:
-        with self.model.using(mix):
+        with self.model.using(mix, tasks=task.name):
             fitted = probe(self.model, task, batch_size=self.batch_size)
             found = fitted.predict(self.model, task.test, self.batch_size)
         metric = METRICS[task.metric or default_metric(task.kind)]

@@ -59,7 +59,7 @@ def evaluate(
     examples = examples_of(task, split)
     acting = Mix.of(mix)
     reader = head or _head(model, task, acting)
-    with model.using(acting):
+    with model.using(acting, tasks=task.name):
         if reader is None:
             found = probe(model, task, batch_size=batch_size, longest=longest).predict(
                 model, examples, batch_size, longest

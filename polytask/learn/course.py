@@ -123,6 +123,10 @@ class Course:
             found.setdefault(task, []).append(position)
         return [(self.adapter.heads[self.tasks[t].name], where) for t, where in sorted(found.items())]
 
+    def task_of(self, head: Head) -> str:
+        """The task that a head belongs to."""
+        return next(task.name for task in self.tasks if self.adapter.heads[task.name] is head)
+
     def advance(self) -> float:
         """Clips, steps, and returns the gradient's norm. Parameters of other adapters do not enter it."""
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -145,7 +149,7 @@ class Course:
                 continue
             metric = METRICS[task.metric or default_metric(task.kind)]
             head = self.adapter.heads[task.name]
-            with model.using(self.name):
+            with model.using(self.name, tasks=task.name):
                 write = isinstance(head, TextHead) and task.kind == "generate"
                 found = predict(model, head, rows, batch_size=2 * self.schedule.batch_size, write=write)
             values[task.name] = float(metric.function(found, [e.target for e in task.dev], task.labels))

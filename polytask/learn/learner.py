@@ -238,9 +238,13 @@ class Run:
         for course in self.courses:
             if course.begun:
                 continue
+            drawn = course.batches(0)
+            if size := course.adapter.form.begin_rows:
+                rows = [item for items in drawn for item in items]
+                drawn = [rows[at : at + size] for at in range(0, len(rows), size)]
             batches = [
                 lambda items=items, course=course: self._losses([(course, items)])[0]  # type: ignore[misc]
-                for items in course.batches(0)
+                for items in drawn
             ]
             with self.model.using(course.name):
                 course.adapter.form.begin(self.model, course.adapter, batches)
@@ -300,6 +304,7 @@ class Run:
             drawn = [(c, c.batch(c.micros()[micro]), len(c.micros())) for c in taking]
             with self._memory(sum(len(items) for _, items, _ in drawn)):
                 losses = self._losses([(course, items) for course, items, _ in drawn])
+                losses = [self._penalised(loss, course) for loss, (course, _, _) in zip(losses, drawn, strict=True)]
                 scaled = [loss / count for loss, (_, _, count) in zip(losses, drawn, strict=True)]
                 whole = torch.stack(scaled).sum()
                 self._finite(whole, drawn)
@@ -313,6 +318,10 @@ class Run:
             except LearnError as error:
                 raise self._saved(str(error), [(course, course.batch(course.micros()[0]), 1)]) from error
         return total / len(courses), examples
+
+    def _penalised(self, loss: Tensor, course: Course) -> Tensor:
+        penalty = course.adapter.form.penalty(course.adapter)
+        return loss if penalty is None else loss + penalty / self.accelerator.num_processes  # which are added up
 
     def _losses(self, drawn: Sequence[tuple[Course, Sequence[tuple[int, int]]]]) -> list[Tensor]:
         """The loss of each course's batch, from one forward for all that need the same of the base."""
@@ -340,7 +349,10 @@ class Run:
         names = [drawn[number][0].name for number, _, part in group for row in part for _ in range(row.count)]
         mix = Single(names[0]) if len(set(names)) == 1 else PerRow(names)
         batch = collate(self.model, head, rows)
-        with self.model.using(mix):
+        tasks = [
+            drawn[number][0].task_of(head) for number, head, part in group for row in part for _ in range(row.count)
+        ]
+        with self.model.using(mix, tasks=tasks):
             out = trunk(self.model, head, batch)
         return split(out, [sum(row.count for row in part) for _, _, part in group])
 
@@ -429,6 +441,8 @@ class Run:
         for course in self.courses:
             if course.best is not None:
                 course.adapter.load_state(course.best[2])
+            trained = sum(p.numel() for p in course.adapter.parameters() if p.requires_grad)
+            course.adapter = course.adapter.form.finish(course.adapter)
             card = course.adapter.card
             card.tasks = [{**task.summary(), "hash": task.hash} for task in course.tasks]
             card.metrics = {
@@ -439,7 +453,7 @@ class Run:
             }
             card.training = {
                 **facts, "signature": self.key, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
-                "trained_parameters": sum(p.numel() for p in course.adapter.parameters() if p.requires_grad), "lr": course.lr,
+                "trained_parameters": trained, "lr": course.lr,
                 "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
             }  # fmt: skip
             card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
