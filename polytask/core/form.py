@@ -256,12 +256,14 @@ class Patch(Part):
         base: the module it is attached to, None while it is not.
         shared: the tensors that all patches of the adapter share, where its form has such.
         tokens: m, how many virtual tokens it puts before a text, at sites of kind ``input``.
+        moves: by how many positions it moves a row's tokens there without putting any before them.
     """
 
     bank: ClassVar[type[Bank]] = Bank
     base: nn.Module | None = None
     shared: Any = None
     tokens: int = 0
+    moves: int = 0
     site: Site
 
     def __init__(self, form: Form, site: Site) -> None:

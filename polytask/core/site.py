@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -181,12 +182,15 @@ def _base_path(root: nn.Module) -> str:
 def _entry(root: nn.Module) -> str:
     """The path of the module that turns token ids (or pixels) into the vectors that the blocks work on."""
     path = _base_path(root)
-    base = root.get_submodule(path)
-    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
-        inner = f"{path}.encoder".lstrip(".")
-        if isinstance(base._modules.get("encoder"), nn.Module):
-            return inner
-    return path
+    double = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
+    while True:  # OPT and encoder-decoders have a network inside that looks the tokens up
+        for name in ("encoder",) if double else ("decoder", "encoder"):
+            inner = root.get_submodule(path)._modules.get(name)
+            if inner is not None and _table(inner) and "inputs_embeds" in inspect.signature(inner.forward).parameters:
+                path = f"{path}.{name}".lstrip(".")
+                break
+        else:
+            return path
 
 
 def _table(module: nn.Module) -> tuple[int, ...]:

@@ -159,6 +159,12 @@ def _attend(
     return mixed.view_as(out), seen
 
 
+def _longest(slot: Slot, what: str) -> int:
+    """The most ``tokens`` or ``moves`` of a patch that acts at the input."""
+    names = slot.hub.mix.names() if slot.hub.mix is not None else ()
+    return max((getattr(slot.patches[n], what) for n in names if n in slot.patches), default=0)
+
+
 class Inserted:
     """The virtual tokens of one forward: what was put before the text, and how to take it away again.
 
@@ -185,9 +191,8 @@ class Inserted:
         names = tuple(inspect.signature(cls.forward).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         slot = self.slot
-        active = [p for n, p in slot.patches.items() if slot.hub.mix is not None and n in slot.hub.mix.names()]
-        m = max((p.tokens for p in active), default=0)
-        if not m:
+        m, moved = _longest(slot, "tokens"), _longest(slot, "moves")
+        if not (m or moved):
             return given
         embeds = given.get("inputs_embeds")
         if embeds is None:
@@ -196,8 +201,10 @@ class Inserted:
                 raise SiteError(f"site {slot.site.name!r} got neither input_ids nor inputs_embeds")
             embeds = self.module.get_input_embeddings()(ids)  # type: ignore[operator]
         B, T, d = embeds.shape
-        # one channel more: how much of a virtual token is there for each row
-        virtual = slot(embeds, embeds.new_zeros(B, m, d + 1), slot.hub.call)
+        # two channels more: how much of a virtual token is there for each row, and whether it only moves the positions
+        virtual = slot(embeds, embeds.new_zeros(B, max(m, moved), d + 2), slot.hub.call)
+        self.moved = (virtual[..., d + 1] != 0).sum(1, keepdim=True)  # [B, 1]
+        virtual = virtual[:, virtual.shape[1] - m :]
         there = virtual[..., d] != 0  # [B, m]
         past = given.get("past_key_values")
         seen = int(past.get_seq_length()) if past is not None else 0
@@ -210,11 +217,11 @@ class Inserted:
         old = seen - m if seen else 0  # real tokens in the cache
         if mask is None and not whole:
             mask = there.new_ones(B, old + T, dtype=torch.long)
-        if mask is not None:
+        if mask is not None and m:
             given["attention_mask"] = torch.cat([there.to(mask.dtype), mask], 1)
             self.slot.hub.call = dataclasses.replace(self._call, mask=given["attention_mask"])
         self._positions(given, names, there, old, T, embeds.device, first=not seen)
-        if seen:
+        if seen or not m:
             return given
         self.count = m
         types = given.get("token_type_ids")
@@ -240,15 +247,14 @@ class Inserted:
                 positions = make(given["input_ids"], embeddings.padding_idx)  # type: ignore[union-attr]
             else:
                 positions = torch.arange(old, old + T, device=device).expand(len(there), T)
-        real = positions.expand(len(there), T) + there.sum(1, keepdim=True)
+        real = positions.expand(len(there), T) + there.sum(1, keepdim=True) + self.moved
         virtual = (there.cumsum(1) - 1).clamp(min=0) + start
         given["position_ids"] = torch.cat([virtual, real], 1) if first else real
 
     @staticmethod
     def cross(slot: Slot, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of an encoder-decoder with a mask that lets the decoder see the encoder's virtual tokens."""
-        active = [p for n, p in slot.patches.items() if slot.hub.mix is not None and n in slot.hub.mix.names()]
-        m = max((p.tokens for p in active), default=0)
+        m = _longest(slot, "tokens")
         if not m:
             return given
         done, ids, embeds = given.get("encoder_outputs"), given.get("input_ids"), given.get("inputs_embeds")
@@ -261,7 +267,7 @@ class Inserted:
             rows, T, device = inputs.shape[0], inputs.shape[1], inputs.device
         width = slot.site.shape[1]
         x = torch.zeros(rows, 1, width, device=device)
-        there = slot(x, x.new_zeros(rows, m, width + 1), slot.hub.call)[..., width] != 0
+        there = slot(x, x.new_zeros(rows, m, width + 2), slot.hub.call)[..., width] != 0
         mask = given.get("attention_mask")
         if mask is None:
             mask = there.new_ones(rows, T, dtype=torch.long)

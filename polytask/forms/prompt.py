@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import ConfigError, SiteError
+from polytask.core.errors import ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.model import Model
 from polytask.core.site import Site
@@ -47,7 +47,7 @@ class Tokens(Form):
 
 
 class TokensPatch(Patch):
-    """Virtual tokens [m, d]. What they contribute has one channel more: 1 where there is a token."""
+    """Virtual tokens [m, d]. What they contribute has two channels more: 1 where there is a token, and 0."""
 
     form: Any
 
@@ -64,13 +64,13 @@ class TokensPatch(Patch):
         """The tokens: [m, d], or [B, m, d] where they differ between the rows."""
         raise NotImplementedError
 
-    def table(self) -> Tensor:
-        """The base's token vectors."""
-        table: Tensor = self.base.get_input_embeddings().weight  # type: ignore[union-attr,operator,assignment]
-        return table
+    def table(self) -> Any:
+        """The base's table of token vectors, called with ids."""
+        return self.base.get_input_embeddings()  # type: ignore[union-attr,operator]
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         own = F.pad(self.virtual(call).to(y.dtype), (0, 1), value=1.0)
+        own = F.pad(own, (0, 1))
         # shorter than the longest of the batch: what is missing stays 0 and is not looked at
         own = F.pad(own, (0, 0, y.shape[1] - self.tokens, 0))
         return own.expand(y.shape)
@@ -122,17 +122,17 @@ class Prompt(Tokens):
     def begin_text(self, model: Model, patch: Patch) -> None:
         """Sets a prompt to the vectors of the form's words."""
         assert isinstance(patch, PromptPatch)
-        tokenizer, table = model.processor, model.module.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+        tokenizer, table = model.processor, model.module.get_input_embeddings()  # type: ignore[operator]
         if tokenizer is None:
             raise ConfigError(f"Prompt: init={self.init!r} needs a model with a tokenizer; use init='vocabulary'")
 
         def ids(text: str) -> Tensor:
-            return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=table.device)
+            return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], device=table.weight.device)
 
         if self.init == "text":
-            vectors = table[ids(self.text)]
+            vectors = table(ids(self.text))
         else:
-            vectors = torch.stack([table[ids(name.strip())].mean(0) for name in self.text.split(",")])
+            vectors = torch.stack([table(ids(name.strip())).mean(0) for name in self.text.split(",")])
         times = -(-self.length // len(vectors))
         with torch.no_grad():
             patch.P.copy_(vectors.repeat(times, 1)[: self.length])
@@ -184,12 +184,16 @@ class PromptPatch(TokensPatch):
 
     def start(self, generator: torch.Generator) -> None:
         table = self.table()
+        device = table.weight.device
         with torch.no_grad():
-            if self.form.init == "random":
-                std = float(table.float().std()) if self.form.std is None else self.form.std
-                self.P.normal_(std=std, generator=generator)
+            if self.form.init == "random" and self.form.std is not None:
+                self.P.normal_(std=self.form.std, generator=generator)
+            elif self.form.init == "random":
+                some = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 512), device=device)
+                self.P.normal_(std=float(table(some).float().std()), generator=generator)
             else:  # words are looked up once the tokenizer is there
-                self.P.copy_(table[torch.randint(len(table), (self.tokens,), generator=generator)])
+                ids = torch.randint(table.num_embeddings, (self.tokens,), generator=generator)
+                self.P.copy_(table(ids.to(device)))
 
     def virtual(self, call: Call) -> Tensor:
         return self.P
@@ -291,6 +295,3 @@ class PTuningPatch(TokensPatch):
         for i in range(len(self._sizes)):
             x = F.linear(F.relu(x) if i else x, p[f"W{i}"], p[f"b{i}"])
         return x
-
-
-__all__ = ["PTuning", "Prompt", "SiteError", "Tokens", "TokensPatch", "as_prompt"]

@@ -1,0 +1,281 @@
+"""Forms that act on tokens: against real text, against the real PEFT, against plain attention over both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import output, tiny
+
+import polytask as pt
+
+peft = pytest.importorskip("peft")
+
+
+def run(model, batch, mix=None):
+    with torch.no_grad(), model.using(mix):
+        return output(model.module(**batch))
+
+
+def moved(adapter, seed=0, by=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+    return adapter
+
+
+@pytest.mark.parametrize("network", ["gpt2", "llama", "opt", "gpt-neox", "qwen3", "gemma2"])
+def test_a_prompt_of_word_vectors_is_these_words(network):
+    module, batch = tiny(network)
+    model = pt.Model(module)
+    ids = batch["input_ids"]
+    words = torch.tensor([5, 9, 7])
+    adapter = pt.Adapter.new(model, pt.Prompt(length=3))
+    table = module.get_input_embeddings()
+    with torch.no_grad():
+        next(iter(adapter.patches.values())).P.copy_(table(words))
+    model.attach(adapter, "a")
+    full = torch.ones_like(ids)
+    with_words = run(model, {"input_ids": torch.cat([words.expand(len(ids), 3), ids], 1)})
+    assert torch.allclose(run(model, {"input_ids": ids}, "a"), with_words[:, 3:], atol=1e-5)
+    assert torch.allclose(run(model, {"input_ids": ids, "attention_mask": full}, "a"), with_words[:, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["bert", "roberta", "distilbert", "electra", "albert", "deberta-v2"])
+def test_encoders_take_prompts_and_keep_their_shape(network):
+    module, batch = tiny(network)
+    model = pt.Model(module)
+    before = run(model, batch)
+    for i, length in enumerate((2, 5)):
+        model.attach(moved(pt.Adapter.new(model, pt.Prompt(length=length), seed=i), i), f"a{i}")
+    mixed = run(model, batch, ["a0", "a1", None])
+    assert mixed.shape == before.shape and not torch.allclose(mixed[0], before[0], atol=1e-4)
+    for row, mix in enumerate(("a0", "a1", None)):  # prompts of two lengths, and a row without
+        alone = run(model, {k: v[row : row + 1] for k, v in batch.items()}, mix)
+        real = batch["attention_mask"][row].bool()
+        assert torch.allclose(mixed[row][real], alone[0][real], atol=1e-5)
+
+
+def test_two_prompts_at_one_half_are_their_mean():
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    prompts = [moved(pt.Adapter.new(model, pt.Prompt(length=4), seed=i), i) for i in range(2)]
+    mean = prompts[0].copy()
+    mean.load_state({k: (v + prompts[1].state()[k]) / 2 for k, v in prompts[0].state().items()})
+    for i, adapter in enumerate((*prompts, mean)):
+        model.attach(adapter, f"a{i}")
+    assert torch.allclose(run(model, batch, {"a0": 0.5, "a1": 0.5}), run(model, batch, "a2"), atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["gpt2", "llama"])
+def test_peft_reads_our_prompt_and_we_read_theirs(network, tmp_path):
+    module, batch = tiny(network)
+    ids = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    model = pt.Model(module)
+    ours = moved(pt.Adapter.new(model, pt.Prompt(length=4)))
+    ours.save(tmp_path / "ours")
+    model.attach(ours, "a")
+    wanted = run(model, ids, "a")
+    model.detach()
+    theirs = peft.PeftModel.from_pretrained(module, str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(**ids).logits[:, 4:], wanted, atol=1e-5)
+
+    module, _ = tiny(network)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    made = peft.get_peft_model(module, config).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        logits = made(**ids).logits[:, 6:]
+        text = made.generate(**ids, max_new_tokens=4, do_sample=False)
+    fresh = pt.Model(tiny(network)[0])
+    fresh.attach(pt.Adapter.load(tmp_path / "theirs"), "b")
+    assert torch.allclose(run(fresh, ids, "b"), logits, atol=1e-5)
+    with fresh.using("b"):
+        assert torch.equal(fresh.module.generate(**ids, max_new_tokens=4, do_sample=False), text)
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+def test_we_read_peft_s_p_tuning(encoder, tmp_path):
+    module, batch = tiny("llama")
+    ids = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16, encoder_reparameterization_type=encoder
+    )
+    torch.manual_seed(0)
+    made = peft.get_peft_model(module, config).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        logits = made(**ids).logits[:, 5:]
+    fresh = pt.Model(tiny("llama")[0])
+    fresh.attach(pt.Adapter.load(tmp_path / "theirs"), "b")
+    assert torch.allclose(run(fresh, ids, "b"), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [pt.PTuning(length=4), pt.PTuning(length=4, encoder="lstm", hidden=6)])
+def test_p_tuning_ends_as_the_prompt_that_its_network_gives(form, tmp_path):
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    adapter = moved(pt.Adapter.new(model, form))
+    model.attach(adapter, "a")
+    plain = form.finish(adapter)
+    assert plain.form.name == "prompt" and plain.size < adapter.size
+    plain.save(tmp_path / "p")
+    model.attach(pt.Adapter.load(tmp_path / "p"), "b")
+    assert torch.allclose(run(model, batch, "a"), run(model, batch, "b"), atol=1e-6)
+
+
+def test_prompts_start_from_words():
+    class Letters:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [ord(c) % 30 for c in text]}
+
+    module, _ = tiny("llama")
+    model = pt.Model(module, processor=Letters())
+    table = module.get_input_embeddings().weight
+    text = pt.Adapter.new(model, pt.Prompt(length=5, init="text", text="abc"))
+    ids = [ord(c) % 30 for c in "abcab"]
+    assert torch.equal(next(iter(text.patches.values())).P, table[ids])
+    labels = pt.Adapter.new(model, pt.Prompt(length=2, init="labels", text="ab, c"))
+    first = table[[ord("a") % 30, ord("b") % 30]].mean(0)
+    assert torch.allclose(next(iter(labels.patches.values())).P, torch.stack([first, table[ord("c") % 30]]))
+    with pytest.raises(pt.PolytaskError, match="needs a model with a tokenizer"):
+        pt.Adapter.new(pt.Model(module), pt.Prompt(init="text", text="x"))
+
+
+@pytest.mark.parametrize("network", ["bert", "gpt2", "llama", "qwen3", "t5", "bart", "vit", "gemma2"])
+def test_a_prefix_is_attention_over_both(network):
+    """The additive change equals plain attention over the prefix's keys and values and the text's."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from polytask.core import tokens
+
+    module, batch = tiny(network)
+    model = pt.Model(module)
+    adapter = pt.Adapter.new(model, pt.Prefix(length=3), seed=1)
+    model.attach(adapter, "a")
+    seen = []
+
+    def both(module, query, key, value, attention_mask, **options):
+        patch = adapter.patches[paths[id(module)]]
+        K, V = (t[None].expand(len(query), -1, -1, -1) for t in (patch.K, patch.V))
+        heads = tokens.Heads(
+            query, torch.cat([K, key], 2), torch.cat([V, value], 2), None, options["scaling"], False,
+            softcap=options.get("softcap"),
+        )  # fmt: skip
+        scores = heads.scores(heads.key)
+        m = K.shape[2]
+        if options.get("position_bias") is not None:
+            scores[..., m:] += options["position_bias"]
+        if attention_mask is not None:
+            allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            scores[..., m:] = scores[..., m:].masked_fill(~allowed[..., : key.shape[2]], float("-inf"))
+        elif options.get("is_causal", getattr(module, "is_causal", False)) and query.shape[2] > 1:
+            later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+            scores[..., m:] = scores[..., m:].masked_fill(later, float("-inf"))
+        seen.append(module)
+        out = heads.look(scores.softmax(-1), heads.value)
+        return out.reshape(len(query), query.shape[2], query.shape[1], -1), None
+
+    wanted = run(model, batch, "a")
+    model.detach()
+    paths = {id(model.module.get_submodule(path)): path for path in adapter.patches}
+    ALL_ATTENTION_FUNCTIONS.register("both", both)
+    try:
+        real = {id(m): m.config for m in module.modules() if id(m) in paths}
+        for m in module.modules():
+            if id(m) in paths:
+
+                class Config(type("Base", (), {})):
+                    def __init__(self, config):
+                        self.__dict__.update(inner=config, _attn_implementation="both")
+
+                    def __getattr__(self, name):
+                        return getattr(self.inner, name)
+
+                m.config = Config(real[id(m)])
+        got = run(model, batch)
+    finally:
+        ALL_ATTENTION_FUNCTIONS._local_mapping.pop("both", None)
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop("both", None)
+    assert len(seen) == len(adapter.patches)
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_a_silent_key_halves_a_lonely_token():
+    """One key of zeros with values of zeros: a token that sees only itself, with score 0, gets half of its value."""
+    module, batch = tiny("bert")
+    model = pt.Model(module)
+    adapter = pt.Adapter.new(model, pt.Prefix(length=1))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.zero_()
+    from polytask.core.form import Call
+    from polytask.core.tokens import Heads
+
+    patch = next(iter(adapter.patches.values()))
+    H, G, D = patch.site.shape
+    value = torch.randn(2, G, 1, D)
+    heads = Heads(torch.zeros(2, H, 1, D), torch.zeros(2, G, 1, D), value, None, 1.0, False)
+    y = heads.look(torch.ones(2, H, 1, 1), value)
+    assert torch.allclose(y + patch.contribute(y, y, Call(heads=heads)), y / 2)
+
+
+def test_a_gated_prefix_starts_as_the_base_and_is_learned():
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    before = run(model, batch)
+    adapter = pt.Adapter.new(model, pt.Prefix(length=4, gated=True))
+    model.attach(adapter, "a")
+    assert torch.equal(run(model, batch, "a"), before)
+
+
+def test_a_reparametrised_prefix_ends_as_plain_keys_and_values(tmp_path):
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    form = pt.Prefix(length=4, hidden=8, gated=True)
+    adapter = moved(pt.Adapter.new(model, form))
+    model.attach(adapter, "a")
+    plain = form.finish(adapter)
+    assert plain.shared is None and plain.form.hidden is None
+    plain.save(tmp_path / "p")
+    model.attach(pt.Adapter.load(tmp_path / "p"), "b")
+    assert torch.allclose(run(model, batch, "a"), run(model, batch, "b"), atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["gpt2", "llama", "qwen3"])
+def test_peft_reads_our_prefix_and_we_read_theirs(network, tmp_path):
+    module, batch = tiny(network)
+    ids = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    model = pt.Model(module)
+    ours = pt.Adapter.new(model, pt.Prefix(length=4, shifted=True), sites="kind:attention | kind:input")
+    ours.save(tmp_path / "ours")
+    model.attach(ours, "a")
+    wanted = run(model, ids, "a")
+    model.detach()
+    theirs = peft.PeftModel.from_pretrained(module, str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(**ids).logits, wanted, atol=1e-5)
+
+    module, _ = tiny(network)
+    made = peft.get_peft_model(module, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        logits = made(**ids).logits
+        text = made.generate(**ids, max_new_tokens=4, do_sample=False)
+    fresh = pt.Model(tiny(network)[0])
+    loaded = pt.Adapter.load(tmp_path / "theirs")
+    fresh.attach(loaded, "b")
+    assert torch.allclose(run(fresh, ids, "b"), logits, atol=1e-5)
+    with fresh.using("b"):
+        assert torch.equal(fresh.module.generate(**ids, max_new_tokens=4, do_sample=False), text)
+    loaded.save(tmp_path / "again")
+    assert pt.Adapter.load(tmp_path / "again").hash == loaded.hash
+
+
+def test_what_a_prefix_cannot_act_on_is_said():
+    model = pt.Model(tiny("bloom")[0])
+    with pytest.raises(pt.PolytaskError, match="does not use transformers' attention functions"):
+        pt.Adapter.new(model, "prefix")
+    with pytest.raises(pt.PolytaskError, match="takes no token ids"):
+        pt.Adapter.new(pt.Model(tiny("resnet")[0]), "prompt")
