@@ -279,3 +279,119 @@ def test_what_a_prefix_cannot_act_on_is_said():
         pt.Adapter.new(model, "prefix")
     with pytest.raises(pt.PolytaskError, match="takes no token ids"):
         pt.Adapter.new(pt.Model(tiny("resnet")[0]), "prompt")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_visual_prompts_stand_behind_the_class_token(depth):
+    module, batch = tiny("vit")
+    model = pt.Model(module)
+    before = run(model, batch)
+    adapter = pt.Adapter.new(model, pt.VisualPrompt(length=3, depth=depth))
+    assert adapter.size == 3 * depth * model.width
+    model.attach(adapter, "a")
+    after = run(model, batch, "a")
+    assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-4)
+    # their order does not matter
+    with torch.no_grad():
+        P = next(iter(adapter.patches.values())).P
+        P.copy_(P[:, [2, 0, 1]])
+    assert torch.allclose(run(model, batch, "a"), after, atol=1e-5)
+    # the same by hand, through the network's own parts
+    d = module.config.hidden_size
+    with torch.no_grad():
+        hidden = module.embeddings(batch["pixel_values"])
+        blocks = [
+            m
+            for n, m in module.named_modules()
+            if model.sites and any(s.name == n and s.kind == "block" for s in model.sites)
+        ]
+        for i, block in enumerate(blocks):
+            if i < depth:
+                rest = hidden[:, 1:] if i == 0 else hidden[:, 4:]
+                hidden = torch.cat([hidden[:, :1], P[i].expand(len(hidden), 3, d), rest], 1)
+            hidden = block(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        hidden = module.layernorm(hidden)
+    assert torch.allclose(torch.cat([hidden[:, :1], hidden[:, 4:]], 1), after, atol=1e-5)
+    with pytest.raises(pt.PolytaskError, match="every row of a batch needs a visual prompt"):
+        run(model, batch, ["a", None, "a"])
+
+
+def test_rows_may_have_different_visual_prompts():
+    module, batch = tiny("vit")
+    model = pt.Model(module)
+    for i in range(3):
+        model.attach(moved(pt.Adapter.new(model, pt.VisualPrompt(length=2, depth=2), seed=i), i), f"a{i}")
+    mixed = run(model, batch, ["a0", "a1", "a2"])
+    for i in range(3):
+        alone = run(model, {k: v[i : i + 1] for k, v in batch.items()}, f"a{i}")
+        assert torch.allclose(mixed[i], alone[0], atol=1e-5)
+
+
+def test_ept_starts_as_its_prompt_and_changes_words_by_their_place():
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    form = pt.EPT(length=3, rank=2, longest=4, spaces=2)
+    adapter = pt.Adapter.new(model, form, seed=1)
+    patch = next(iter(adapter.patches.values()))
+    plain = pt.Adapter.new(model, pt.Prompt(length=3))
+    plain.load_state({k: patch.P.detach().clone() for k in plain.state()})
+    model.attach(adapter, "a")
+    model.attach(plain, "p")
+    assert torch.allclose(run(model, batch, "a"), run(model, batch, "p"), atol=1e-6)
+    moved(adapter)
+    ids = batch["input_ids"][:1]
+    with torch.no_grad():
+        embeds = module.get_input_embeddings()(ids)
+        change = (patch.A @ patch.B) * form.alpha / form.rank**0.5
+        from polytask.core.form import NO_CALL
+
+        prompt = patch.virtual(NO_CALL)
+        embeds[:, :4] += change
+        wanted = module(inputs_embeds=torch.cat([prompt[None], embeds], 1)).logits[:, 3:]
+    assert torch.allclose(run(model, {"input_ids": ids}, "a"), wanted, atol=1e-4)
+    left = {"input_ids": torch.cat([ids.new_zeros(1, 2), ids], 1), "attention_mask": torch.ones(1, ids.shape[1] + 2)}
+    left["attention_mask"] = left["attention_mask"].long()
+    left["position_ids"] = (torch.arange(ids.shape[1] + 2) - 2).clamp(min=0)[None]  # as generate counts them
+    left["attention_mask"][:, :2] = 0  # padding on the left moves no word to another place
+    assert torch.allclose(run(model, left, "a")[:, 2:], wanted, atol=1e-3)
+
+
+def test_mpt_reads_the_task_of_each_row():
+    module, batch = tiny("llama")
+    model = pt.Model(module)
+    adapter = moved(pt.Adapter.new(model, pt.MPT(length=3, tasks=("x", "y"))))
+    patch = next(iter(adapter.patches.values()))
+    model.attach(adapter, "m")
+    for name, values in {"x": patch.prompt(0), "y": patch.prompt(1), "shared": patch.P}.items():
+        plain = pt.Adapter.new(model, pt.Prompt(length=3))
+        plain.load_state({k: values.detach().clone() for k in plain.state()})
+        model.attach(plain, name)
+    wanted = run(model, batch, ["y", "shared", "x"])
+    with torch.no_grad(), model.using("m", tasks=["y", "else", "x"]):
+        assert torch.allclose(output(model.module(**batch)), wanted, atol=1e-6)
+    assert torch.allclose(run(model, batch, "m"), run(model, batch, "shared"), atol=1e-6)
+    # (c u, v / c) is the same prompt
+    with torch.no_grad():
+        patch.u *= 3.0
+        patch.v /= 3.0
+    with torch.no_grad(), model.using("m", tasks=["y", "else", "x"]):
+        assert torch.allclose(output(model.module(**batch)), wanted, atol=1e-5)
+
+
+def test_mpt_takes_prompts_that_were_learned_apart():
+    module, _ = tiny("llama")
+    model = pt.Model(module)
+    # what is exactly of this kind is found again
+    source = moved(pt.Adapter.new(model, pt.MPT(length=4, tasks=("x", "y", "z"))), by=0.3)
+    patch = next(iter(source.patches.values()))
+    prompts = {}
+    for k, name in enumerate(("x", "y", "z")):
+        plain = pt.Adapter.new(model, pt.Prompt(length=4), name=name)
+        plain.load_state({n: patch.prompt(k).detach().clone() for n in plain.state()})
+        prompts[name] = plain
+    made = next(iter(pt.MPT.from_prompts(prompts, steps=300).patches.values()))
+    for k in range(3):
+        assert torch.allclose(made.prompt(k), patch.prompt(k), atol=1e-2)
+    with pytest.raises(pt.PolytaskError, match="takes prompts"):
+        pt.MPT.from_prompts({"x": pt.Adapter.new(model, "lora")})

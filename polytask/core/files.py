@@ -49,7 +49,7 @@ def save(adapter: Adapter, folder: Path) -> Path:
         _key(path, part, name): tensor for path, part in adapter.parts.items() for name, tensor in part.stored().items()
     }
     weights = adapter.form.pack(adapter.patches) or weights
-    if config["target_parameters"]:
+    if config.get("target_parameters"):
         weights = peft_files.fold(weights, sites)
     heads = {
         f"{task}/{name}": value.detach()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .site import Site
     from .tokens import Heads
 
+ALIGNED = 64  # bytes: where PyTorch puts the tensors that it makes on a CPU
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -32,6 +34,7 @@ class Call:
         rows: B of the model's input, or None when only a part of the model was called.
         step: the optimiser step, or None outside training.
         heads: what an attention works on, for patches at sites of kind ``attention``; None elsewhere.
+        past: tokens of the text that are in a cache already, for patches at the input.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -39,6 +42,7 @@ class Call:
     rows: int | None = None
     step: int | None = None
     heads: Heads | None = None
+    past: int = 0
 
     def spread(self) -> Call:
         """The same call with the one task that all rows have written out for each."""
@@ -60,6 +64,7 @@ class Call:
             rows=len(index),
             step=self.step,
             heads=heads,
+            past=self.past,
         )
 
 
@@ -213,7 +218,7 @@ class Part(nn.Module):
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the values of a file (by parameter name), without copying them.
+        """Takes the values of a file (by parameter name), without copying those that lie as memory of its own would.
 
         Raises:
             AdapterError: a tensor is missing, not asked for, or has another shape.
@@ -234,6 +239,8 @@ class Part(nn.Module):
                     f"{name} {where} has shape {tuple(tensor.shape)} in the file, "
                     f"but {self.form} needs {shape} there; the file is for another model or another form"
                 )
+            if tensor.data_ptr() % ALIGNED:  # a product of it may be rounded otherwise than before it was saved
+                tensor = tensor.clone()
             self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
     def trainable(self, flag: bool = True) -> None:
@@ -257,6 +264,8 @@ class Patch(Part):
         shared: the tensors that all patches of the adapter share, where its form has such.
         tokens: m, how many virtual tokens it puts before a text, at sites of kind ``input``.
         moves: by how many positions it moves a row's tokens there without putting any before them.
+        touches: whether it changes the vectors of a text's own tokens there.
+        layers: how many blocks its virtual tokens are for, at the input of an image network.
     """
 
     bank: ClassVar[type[Bank]] = Bank
@@ -264,6 +273,8 @@ class Patch(Part):
     shared: Any = None
     tokens: int = 0
     moves: int = 0
+    touches: bool = False
+    layers: int = 1
     site: Site
 
     def __init__(self, form: Form, site: Site) -> None:

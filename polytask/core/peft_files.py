@@ -91,8 +91,7 @@ def write_config(adapter: Adapter) -> dict[str, Any]:
         "revision": base.get("revision"),
         "inference_mode": True,
         "target_modules": short if short and not wrapped else [name for name in own if name not in wrapped],
-        "target_parameters": wrapped or None,
-        "exclude_modules": None,
+        **({"target_parameters": wrapped or None} if form.peft_type == "LORA" else {}),  # other forms lack the setting
         "modules_to_save": _saved_names(saved, base.get("modules_to_save") or ()) or None,
         "auto_mapping": None,
         "peft_version": VERSION,

@@ -63,6 +63,7 @@ class Stage(Settings):
         sampling: of the tasks of a joint stage.
         temperature: of ``sampling: temperature``; task sizes are taken to the power 1/temperature.
         objective: the loss's name; each head's own when None.
+        budget: how the ranks of low-rank forms are dealt out, as a mapping with its name and settings; evenly when None.
         start: ``base``, a folder with an adapter, or an earlier stage's name.
         schedule: how it is optimised.
         seed: of everything random in it.
@@ -76,6 +77,7 @@ class Stage(Settings):
     sampling: Literal["proportional", "equal", "temperature"] = "proportional"
     temperature: float = Field(2.0, gt=0)
     objective: str | None = None
+    budget: dict[str, Any] | None = None
     start: str = "base"
     schedule: Schedule = Field(default_factory=lambda: Schedule())
     seed: int = 0

@@ -62,9 +62,9 @@ class Site:
         path: the module's path in the model (the first one where a module is shared).
         kind: what the module is; see `KINDS`.
         role: what it does in its block (``query``, ``up``, ``token``, ...), ``other`` where unknown.
-        shape: the weight's shape as it is stored. For the input the token table's; for attention (heads, key and value
-            heads, head size), empty where it does not go through transformers' table of attention functions; empty for
-            blocks.
+        shape: the weight's shape as it is stored. For the input the token table's (0 entries for images); for attention
+            (heads, key and value heads, head size), empty where it does not go through transformers' table of attention
+            functions; empty for blocks.
         layer: position in its stack of blocks, or None outside of one.
         depth: ``layer`` as a fraction of the stack, 0 for the first block and 1 for the last.
         param: the parameter's name where the site is one raw parameter of its module, else empty.
@@ -200,7 +200,12 @@ def _table(module: nn.Module) -> tuple[int, ...]:
         table = get() if get is not None else None
     except (NotImplementedError, AttributeError):
         table = None
-    return tuple(table.weight.shape) if isinstance(table, nn.Embedding) else ()
+    if isinstance(table, nn.Embedding):
+        return tuple(table.weight.shape)
+    # an image network with a class token takes virtual tokens too; it has no table
+    marked = hasattr(getattr(module, "embeddings", None), "cls_token")
+    config: Any = getattr(module, "config", None)
+    return (0, int(config.hidden_size)) if marked else ()
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -159,24 +159,34 @@ def _attend(
     return mixed.view_as(out), seen
 
 
+def _active(slot: Slot) -> list[Any]:
+    """The patches that act at the input."""
+    names = slot.hub.mix.names() if slot.hub.mix is not None else ()
+    return [slot.patches[n] for n in names if n in slot.patches]
+
+
 def _longest(slot: Slot, what: str) -> int:
     """The most ``tokens`` or ``moves`` of a patch that acts at the input."""
-    names = slot.hub.mix.names() if slot.hub.mix is not None else ()
-    return max((getattr(slot.patches[n], what) for n in names if n in slot.patches), default=0)
+    return max((getattr(patch, what) for patch in _active(slot)), default=0)
 
 
 class Inserted:
     """The virtual tokens of one forward: what was put before the text, and how to take it away again.
 
+    The site's own ``y`` is [B, m + T, d + 2]: zeros for the virtual tokens, then the real ones, and two channels more for
+    what patches say about a place: that a virtual token is there, and that there is none but the positions move.
+
     Args:
         slot: the site of kind ``input``.
-        module: the network that takes token ids.
+        module: the network that takes token ids, or images.
     """
 
     def __init__(self, slot: Slot, module: nn.Module) -> None:
         self.slot = slot
         self.module = module
         self.count = 0  # m, when the forward's sequence has become longer by as much
+        self.at = 0  # where the virtual tokens stand
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Inserted:
         self._call = self.slot.hub.call
@@ -184,55 +194,70 @@ class Inserted:
 
     def __exit__(self, *_: object) -> None:
         self.slot.hub.call = self._call
+        for hook in self._hooks:
+            hook.remove()
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's arguments with the virtual tokens in them."""
         cls = getattr(type(self.module), "_polytask_class", type(self.module))
         names = tuple(inspect.signature(cls.forward).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        slot = self.slot
-        m, moved = _longest(slot, "tokens"), _longest(slot, "moves")
-        if not (m or moved):
+        m, moved = _longest(self.slot, "tokens"), _longest(self.slot, "moves")
+        touched = any(p.touches for p in _active(self.slot))
+        if not (m or moved or touched):
+            return given
+        if "pixel_values" in names:
+            self._images(m)
             return given
         embeds = given.get("inputs_embeds")
         if embeds is None:
             ids = given.get("input_ids")
             if ids is None:
-                raise SiteError(f"site {slot.site.name!r} got neither input_ids nor inputs_embeds")
+                raise SiteError(f"site {self.slot.site.name!r} got neither input_ids nor inputs_embeds")
             embeds = self.module.get_input_embeddings()(ids)  # type: ignore[operator]
         B, T, d = embeds.shape
-        # two channels more: how much of a virtual token is there for each row, and whether it only moves the positions
-        virtual = slot(embeds, embeds.new_zeros(B, max(m, moved), d + 2), slot.hub.call)
-        self.moved = (virtual[..., d + 1] != 0).sum(1, keepdim=True)  # [B, 1]
-        virtual = virtual[:, virtual.shape[1] - m :]
-        there = virtual[..., d] != 0  # [B, m]
-        past = given.get("past_key_values")
-        seen = int(past.get_seq_length()) if past is not None else 0
-        whole = bool(there.all())
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise SiteError("virtual tokens need the mask of the tokens, [B, T], and got one of the scores")
         if isinstance(mask, Tensor) and self.slot is self.slot.hub.crossing and mask.shape[1] == m + T:
             mask = mask[:, m:]  # the whole model's forward has put them there for the decoder
+        past = given.get("past_key_values")
+        seen = int(past.get_seq_length()) if past is not None else 0
         old = seen - m if seen else 0  # real tokens in the cache
-        if mask is None and not whole:
+        call = dataclasses.replace(self.slot.hub.call, past=old, mask=mask)
+        mixed = self._mix(embeds, max(m, moved), call)
+        virtual, real = mixed[:, : max(m, moved)], mixed[:, max(m, moved) :, :d]
+        shift = (virtual[..., d + 1] != 0).sum(1, keepdim=True)  # [B, 1]
+        virtual = virtual[:, virtual.shape[1] - m :]
+        there = virtual[..., d] != 0  # [B, m]
+        if mask is None and not bool(there.all()):
             mask = there.new_ones(B, old + T, dtype=torch.long)
         if mask is not None and m:
             given["attention_mask"] = torch.cat([there.to(mask.dtype), mask], 1)
             self.slot.hub.call = dataclasses.replace(self._call, mask=given["attention_mask"])
-        self._positions(given, names, there, old, T, embeds.device, first=not seen)
+        if m or moved:
+            self._positions(given, names, there, shift, old, T, embeds.device, first=not seen)
         if seen or not m:
+            if touched:
+                given["input_ids"], given["inputs_embeds"] = None, real
             return given
         self.count = m
         types = given.get("token_type_ids")
         if types is not None:
             given["token_type_ids"] = torch.cat([types[:, :1].expand(B, m), types], 1)
-        given["input_ids"], given["inputs_embeds"] = None, torch.cat([virtual[..., :d], embeds], 1)
+        given["input_ids"], given["inputs_embeds"] = None, torch.cat([virtual[..., :d], real], 1)
         return given
 
+    def _mix(self, embeds: Tensor, m: int, call: Any) -> Tensor:
+        B, T, d = embeds.shape
+        y = embeds.new_zeros(B, m + T, d + 2)
+        y[:, m:, :d] = embeds
+        return self.slot(embeds, y, call)
+
     def _positions(
-        self, given: dict[str, Any], names: tuple[str, ...], there: Tensor, old: int, T: int, device: Any, first: bool
-    ) -> None:
+        self, given: dict[str, Any], names: tuple[str, ...], there: Tensor, shift: Tensor, old: int, T: int,
+        device: Any, first: bool,
+    ) -> None:  # fmt: skip
         """Real tokens are counted on after the virtual ones of their own row."""
         config = getattr(self.module, "config", None)
         if "position_ids" not in names or getattr(config, "model_type", "") == "opt":  # counted by the mask there
@@ -247,9 +272,39 @@ class Inserted:
                 positions = make(given["input_ids"], embeddings.padding_idx)  # type: ignore[union-attr]
             else:
                 positions = torch.arange(old, old + T, device=device).expand(len(there), T)
-        real = positions.expand(len(there), T) + there.sum(1, keepdim=True) + self.moved
+        real = positions.expand(len(there), T) + there.sum(1, keepdim=True) + shift
         virtual = (there.cumsum(1) - 1).clamp(min=0) + start
         given["position_ids"] = torch.cat([virtual, real], 1) if first else real
+
+    def _images(self, m: int) -> None:
+        """Virtual tokens after an image's class token, once positions are added; those of later blocks replace them."""
+        from .site import _stacks
+
+        embeddings = self.module.get_submodule("embeddings")
+        self.at = sum(getattr(embeddings, name, None) is not None for name in ("cls_token", "distillation_token"))
+        blocks = [self.module.get_submodule(path) for path in _stacks(self.module)]
+        layers = max(p.layers for p in _active(self.slot))
+        self.count, at = m // layers, self.at
+        later: list[Tensor] = []
+
+        def insert(_: nn.Module, __: Any, embeds: Tensor) -> Tensor:
+            mixed = self._mix(embeds, m, self.slot.hub.call)
+            d = embeds.shape[2]
+            if not bool((mixed[:, :m, d] != 0).all()):
+                raise SiteError(
+                    "an image network has no mask for tokens, so every row of a batch needs a visual prompt of the same "
+                    "length and depth; run rows without one by themselves"
+                )
+            first, *rest = mixed[:, :m, :d].split(self.count, 1)
+            later.extend(rest)
+            return torch.cat([embeds[:, :at], first, embeds[:, at:]], 1)
+
+        def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            return (torch.cat([x[:, :at], later.pop(0), x[:, at + self.count :]], 1), *args[1:])
+
+        self._hooks.append(embeddings.register_forward_hook(insert))
+        self._hooks += [block.register_forward_pre_hook(replace) for block in blocks[1:layers]]
 
     @staticmethod
     def cross(slot: Slot, given: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +321,7 @@ class Inserted:
                 return given
             rows, T, device = inputs.shape[0], inputs.shape[1], inputs.device
         width = slot.site.shape[1]
-        x = torch.zeros(rows, 1, width, device=device)
+        x = torch.zeros(rows, 0, width, device=device)
         there = slot(x, x.new_zeros(rows, m, width + 2), slot.hub.call)[..., width] != 0
         mask = given.get("attention_mask")
         if mask is None:
@@ -279,15 +334,19 @@ class Inserted:
         """The forward's result without the positions of virtual tokens."""
         if not self.count or self.slot is self.slot.hub.crossing:  # a decoder looks at these too
             return out
-        m = self.count
         if isinstance(out, tuple):
-            return (out[0][:, m:], *out[1:])
+            return (self._cut(out[0]), *out[1:])
         for name in ("last_hidden_state", "logits"):
             if isinstance(out.get(name), Tensor):
-                out[name] = out[name][:, m:]
+                out[name] = self._cut(out[name])
         if out.get("hidden_states") is not None:
-            out["hidden_states"] = tuple(h[:, m:] for h in out["hidden_states"])
+            out["hidden_states"] = tuple(self._cut(h) for h in out["hidden_states"])
         pooler = getattr(self.module, "pooler", None)
         if out.get("pooler_output") is not None and pooler is not None:
             out["pooler_output"] = pooler(out["last_hidden_state"])
         return out
+
+    def _cut(self, hidden: Tensor) -> Tensor:
+        if not self.at:
+            return hidden[:, self.count :]
+        return torch.cat([hidden[:, : self.at], hidden[:, self.at + self.count :]], 1)

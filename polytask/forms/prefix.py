@@ -75,7 +75,7 @@ class Prefix(Form):
         if site.kind == "input":
             return (
                 ""
-                if self.shifted and site.shape
+                if self.shifted and site.shape and site.shape[0]
                 else "a prefix moves the positions at the input with shifted=True only"
             )
         if not site.shape:
@@ -162,7 +162,8 @@ class Shift(Patch):
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         own = y.new_zeros(y.shape)  # the last channel says that nothing stands there and the positions move
-        own[:, y.shape[1] - self.moves :, -1] = 1.0
+        at = y.shape[1] - x.shape[1]
+        own[:, at - self.moves : at, -1] = 1.0
         return own
 
     def values(self) -> dict[str, Tensor]:

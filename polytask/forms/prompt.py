@@ -41,7 +41,7 @@ class Tokens(Form):
 
     def refuses(self, site: Site) -> str:
         reason = super().refuses(site)
-        if reason or site.shape:
+        if reason or (site.shape and site.shape[0]) or site.path.startswith("*"):
             return reason
         return f"site {site.name!r} takes no token ids, so there are no virtual tokens to put before them"
 
@@ -70,10 +70,9 @@ class TokensPatch(Patch):
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         own = F.pad(self.virtual(call).to(y.dtype), (0, 1), value=1.0)
-        own = F.pad(own, (0, 1))
         # shorter than the longest of the batch: what is missing stays 0 and is not looked at
-        own = F.pad(own, (0, 0, y.shape[1] - self.tokens, 0))
-        return own.expand(y.shape)
+        m = y.shape[1] - x.shape[1]
+        return F.pad(own, (0, 1, m - self.tokens, x.shape[1])).expand(y.shape)
 
 
 @forms.register("prompt")
