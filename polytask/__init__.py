@@ -33,6 +33,7 @@ _WHERE = {
     "PolytaskError": "core.errors",
     "compare": "jobs",
     "Score": "core.metrics",
+    "transfer_prompt": "learn.transfer",
 }
 
 

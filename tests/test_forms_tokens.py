@@ -395,3 +395,54 @@ def test_mpt_takes_prompts_that_were_learned_apart():
         assert torch.allclose(made.prompt(k), patch.prompt(k), atol=1e-2)
     with pytest.raises(pt.PolytaskError, match="takes prompts"):
         pt.MPT.from_prompts({"x": pt.Adapter.new(model, "lora")})
+
+
+class Vocabulary:
+    """A tokenizer with nothing but its words."""
+
+    all_special_tokens = ()
+
+    def __init__(self, words):
+        self.words = {word: i for i, word in enumerate(words)}
+
+    def get_vocab(self):
+        return self.words
+
+
+def test_a_prompt_moves_to_a_model_whose_words_lie_alike():
+    """The target's table is the source's, turned and in another order: cosines decide all but the prompt's size."""
+    import copy
+
+    module, _ = tiny("llama")
+    with torch.no_grad():  # more words than dimensions, or the answer is not unique
+        module.get_input_embeddings().weight.normal_(generator=torch.Generator().manual_seed(1))
+    other = copy.deepcopy(module)
+    size, d = module.get_input_embeddings().weight.shape
+    turn = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0)))[0]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        other.get_input_embeddings().weight.copy_((module.get_input_embeddings().weight @ turn)[order])
+    names = [f"w{i}" for i in range(size)]
+    source = pt.Model(module, Vocabulary(names))
+    target = pt.Model(other, Vocabulary([names[i] for i in order]))
+    learned = moved(pt.Adapter.new(source, pt.Prompt(length=3), name="p"))
+    made = pt.transfer_prompt((learned, source), target, steps=300, lr=3e-2)
+    got, want = (next(iter(a.patches.values())).P.detach() for a in (made, learned))
+    assert torch.nn.functional.cosine_similarity(got, want @ turn, dim=1).min() > 0.99
+    table = other.get_input_embeddings().weight
+    assert torch.allclose(got.std(), table.std(), rtol=1e-4) and torch.allclose(got.mean(), table.mean(), atol=1e-5)
+    assert made.card.parents == [learned.hash]
+    with pytest.raises(pt.PolytaskError, match="only prompts are transferred"):
+        pt.transfer_prompt((pt.Adapter.new(source, "lora"), source), target)
+    with pytest.raises(pt.PolytaskError, match="only 0 tokens in common"):
+        pt.transfer_prompt((learned, source), pt.Model(other, Vocabulary([f"x{i}" for i in range(size)])))
+
+
+def test_transfer_on_the_command_line(run, base, tmp_path):
+    adapter = pt.Adapter.new(pt.Model.load(str(base)), pt.Prompt(length=2), name="p")
+    adapter.save(tmp_path / "p")
+    done = run("transfer", tmp_path / "p", "--base", base, "--to", base, "--steps", "2", "--out", tmp_path / "q")
+    assert done[0] == 0 and "1 - cosine" in done[1]
+    assert pt.Adapter.load(tmp_path / "q").form.length == 2
+    code, _, said = run("transfer", tmp_path / "p", "--base", base)
+    assert code == 2 and "the target model (--to) is missing" in said

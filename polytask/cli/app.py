@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polytask.core.errors import ConfigError, StorageError
+from polytask.core.errors import ConfigError, SiteError, StorageError
 from polytask.core.recipe import Schedule
 
 from .options import configurable, form_of, mix_of
@@ -89,6 +89,9 @@ def learn(
     sites: Annotated[
         str | None, typer.Option("--sites", help="Selector of where, as 'attention & depth>=0.5'.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Who gets how many ranks: adalora, or adalora:over=2,every=10.")
+    ] = None,
     joint: Annotated[bool, typer.Option("--joint", help="One adapter for all tasks.")] = False,
     together: Annotated[bool, typer.Option("--together", help="One adapter per task, in one run.")] = False,
     sampling: Annotated[
@@ -115,12 +118,14 @@ def learn(
             "--joint (one adapter for all tasks) and --together (one each) exclude each other; choose one"
         )
     chosen = form_of(form)
+    dealt = form_of(budget, "--budget") if budget else None
     schedule = Schedule.of(settings, "learn").model_dump()
     _writable(out)
     found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
     _notes(found)
     model = Model.load(base)
     common = {"form": chosen, "sites": sites, "seed": seed, "tracker": tracker, "start": start, **schedule}
+    common["budget"] = dealt
     if joint:
         made = [run(model, found, joint=True, sampling=sampling, out=Path(out) / "joint", **common)]
     elif together:
@@ -358,5 +363,36 @@ def _form_record(kind: Any, model: Model | None) -> dict[str, Any]:
     if model is not None:
         from polytask.core.adapter import Adapter
 
-        record["parameters"] = Adapter.new(model, kind()).size
+        try:
+            record["parameters"] = Adapter.new(model, kind()).size
+        except SiteError:  # it acts at no site of this model
+            record["parameters"] = None
     return record
+
+
+@app.command()
+def transfer(
+    prompt: Annotated[str, typer.Argument(help="Folder of an adapter of the form prompt.")],
+    base: Base = "minilm",
+    to: Annotated[str, typer.Option("--to", help="The model that gets the prompt.")] = "",
+    out: Annotated[str, typer.Option("--out", help="Folder for the new adapter.")] = "transferred",
+    steps: Annotated[int, typer.Option("--steps", help="Of the search.")] = 2000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a prompt for another model from one that was learned, without data of its task.
+
+    Example: polytask transfer lib/sentiment --base minilm --to roberta-base --out lib/sentiment-roberta
+    """
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+    from polytask.learn.transfer import transfer_prompt
+
+    source = (Adapter.load(prompt), Model.load(base))
+    made = transfer_prompt(source, Model.load(_need(to, "the target model (--to)")), steps=steps, seed=seed)
+    _writable(out)
+    made.save(out)
+    loss = made.card.training["transferred"]
+    _show(
+        {"out": out, "loss": loss, "hash": made.hash}, as_json, f"saved in {out}; 1 - cosine of the codes: {loss:.4f}"
+    )
