@@ -446,3 +446,25 @@ def test_transfer_on_the_command_line(run, base, tmp_path):
     assert pt.Adapter.load(tmp_path / "q").form.length == 2
     code, _, said = run("transfer", tmp_path / "p", "--base", base)
     assert code == 2 and "the target model (--to) is missing" in said
+
+
+def test_a_p_adapter_at_p_2_aggregates_along_the_attention_map():
+    module, _ = tiny("bert")
+    adapter = pt.Adapter.new(pt.Model(module), pt.PAdapter(p=2.0, mu=0.0))
+    patch = next(iter(adapter.patches.values()))
+    P, nodes = torch.rand(2, 3, 4, 4).softmax(-1), torch.randn(2, 3, 4, 5)
+    assert torch.allclose(patch.messages(P, nodes), P @ nodes, atol=1e-6)
+    with torch.no_grad():
+        patch.p.fill_(1.0)  # by the formula, one entry at a time
+    rest, got = 0.0, patch.messages(P, nodes)
+    M = torch.zeros(4)
+    for j in range(4):
+        gap = (P[0, 0, 1, j].sqrt() * (nodes[0, 0, 1] - nodes[0, 0, j]).norm()).clamp(min=patch.form.floor)
+        M[j] = P[0, 0, 1, j] / gap
+    assert torch.allclose(got[0, 0, 1], (M @ nodes[0, 0] + rest) / M.sum(), atol=1e-5)
+
+
+def test_a_p_adapter_leaves_cross_attention_out():
+    model = pt.Model(tiny("t5")[0])
+    paths = pt.Adapter.new(model, "p-adapter").patches
+    assert paths and not any("EncDec" in path for path in paths)

@@ -43,7 +43,8 @@ def serving_problems(adapter: Adapter, max_rank: int = 64) -> list[str]:
         names = [name for name, patch in own.items() if patch.site.kind == kind]
         if names:
             problems.append(f"only linear layers are served, and these are of kind {kind}: {listing(names, 4)}")
-    ranks = sorted({patch.form.rank for patch in own.values() if hasattr(patch.form, "rank")})
+    written = [getattr(patch.form, "in_file", patch.form) for patch in own.values()]
+    ranks = sorted({form.rank for form in written if hasattr(form, "rank")})
     if ranks and ranks[-1] > max_rank:
         problems.append(f"the rank {ranks[-1]} is above max_lora_rank={max_rank}; start the server with a larger one")
     scales = {patch.form.scale for patch in own.values() if hasattr(patch.form, "scale")}

@@ -75,6 +75,10 @@ class Heads:
 
     def total(self) -> Tensor:
         """The logarithm of the sum of the exponentiated scores of the base's own keys, [B, H, T], in fp32."""
+        return self.seen().logsumexp(-1)
+
+    def seen(self) -> Tensor:
+        """The scores of the base's own keys, [B, H, T, S] in fp32, minus infinity where it does not look."""
         scores = self.scores(self.key).float()
         if self.bias is not None:
             scores = scores + self.bias
@@ -85,7 +89,7 @@ class Heads:
             T, S = scores.shape[-2:]
             later = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(later, -math.inf)
-        return scores.logsumexp(-1)
+        return scores
 
 
 def attention_shape(module: nn.Module) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""Every form at an equal number of parameters."""

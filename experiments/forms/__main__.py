@@ -1,0 +1,306 @@
+"""Every registered form at an equal number of trained parameters: ``python -m experiments.forms [suite ...]``.
+
+Each (form, seed) of a suite runs in a process of its own, so that peak memory is its own. What is done is kept beside the
+suite's YAML (``.results.json``), so an interrupted run goes on; the page is written from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from polytask.core.config import read_yaml
+
+from ..__main__ import T_95
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# what makes a form larger, the first that it has; the others keep their defaults
+KNOBS = ("rank", "frequencies", "width", "length", "prototypes", "blocks", "count", "k")
+
+
+def suite(name: str) -> dict[str, Any]:
+    """A suite's configuration."""
+    return dict(read_yaml(HERE / f"{name}.yaml"))
+
+
+def base_of(config: dict[str, Any]) -> Any:
+    """The suite's base as a fresh model."""
+    import polytask as pt
+
+    if config["base"] != "resnet20":
+        folder = ROOT / config["base"]
+        return pt.Model.load(str(folder.resolve()) if folder.exists() else config["base"])
+    from .resnet import load
+
+    module, _ = load((ROOT / config["data"]).resolve().parent / "weights" / "resnet20")
+    return pt.Model(module, kind="image", name="resnet20", pooling="none")
+
+
+def tasks_of(config: dict[str, Any], seed: int) -> list[Any]:
+    """The suite's tasks; the seed draws the training examples, the test examples are the same for all."""
+    from ..__main__ import tasks_of as texts
+
+    return _images(config, seed) if config["base"] == "resnet20" else texts(config, seed)
+
+
+def _images(config: dict[str, Any], seed: int) -> list[Any]:
+    import numpy as np
+    from PIL import Image
+
+    import polytask as pt
+
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    splits = {}
+    for split, key in (("train", seed), ("test", 0)):
+        packed = np.load((ROOT / config["data"] / f"cifar10_jpeg_{split}.npz").resolve())
+        order = list(range(len(packed["y"])))
+        random.Random(key).shuffle(order)
+        jpeg, off = packed["jpeg"], packed["off"]
+        splits[split] = [
+            pt.Example(
+                (), names[int(packed["y"][i])],
+                image=np.asarray(Image.open(io.BytesIO(jpeg[off[i] : off[i + 1]].tobytes())).convert("RGB")),
+            )
+            for i in order[: config["sizes"][split]]
+        ]  # fmt: skip
+    return [pt.Task(name="cifar10-jpeg", kind="classify", train=splits["train"], dev=[], test=splits["test"],
+                    labels=tuple(sorted(names)), metric="accuracy")]  # fmt: skip
+
+
+def sized(name: str, model: Any, budget: int, config: dict[str, Any]) -> Any:
+    """The form with the setting of `KNOBS` that brings it nearest to the budget; as it is where it has none.
+
+    Returns (form, parameters), or None where the form acts at no site of the model.
+    """
+    import polytask as pt
+    from polytask.core.form import forms
+
+    kind = forms[name]
+    given = config.get("settings", {}).get(name, {})
+    sites = config.get("sites", {}).get(name, config.get("everywhere"))
+
+    def count(**extra: Any) -> int | None:
+        try:
+            return pt.Adapter.new(model, kind.of({"name": name, **given, **extra}), sites).size
+        except (pt.PolytaskError, RuntimeError, ValueError):
+            return None
+
+    fields = {f.name for f in dataclasses.fields(kind)}
+    knob = next((k for k in KNOBS if k in fields and k not in given), None)
+    tried: dict[int, int] = {}
+    if knob is not None:
+        for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096):
+            found = count(**{knob: size})
+            if found:
+                tried[size] = found
+                if found > 2 * budget:
+                    break
+    if tried:
+        best = min(tried, key=lambda size: abs(math.log(tried[size] / budget)))
+        return kind.of({"name": name, **given, knob: best}), tried[best]
+    found = count()
+    return (kind.of({"name": name, **given}), found) if found else None
+
+
+def one(config: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+    """One form, one seed: every task learned, scored, and what it cost."""
+    import torch
+
+    import polytask as pt
+    from polytask.evaluate.probe import probe
+
+    model = base_of(config)
+    model.module.requires_grad_(False)
+    tasks = tasks_of(config, seed)
+    chosen = sized(name, model, config["budget"], config)
+    if chosen is None:
+        return {"absent": f"acts at no site of {model.name}"}
+    form, size = chosen
+    if "tasks" in {f.name for f in dataclasses.fields(form)}:
+        form = dataclasses.replace(form, tasks=tuple(task.name for task in tasks))
+    rows = []
+    for i, task in enumerate(tasks):
+        began = time.perf_counter()
+        adapter = pt.learn(
+            model,
+            task,
+            form=form,
+            sites=config.get("sites", {}).get(name, config.get("everywhere")),
+            seed=seed,
+            progress=False,
+            **config["learn"],
+        )
+        seconds = time.perf_counter() - began
+        with tempfile.TemporaryDirectory() as folder:
+            saved = adapter.save(Path(folder) / "a")
+            weight = (saved / "adapter_model.safetensors").stat().st_size
+        model.attach(adapter, "a")
+        score = pt.evaluate(model, task, "a", resamples=0).value
+        row = {"task": task.name, "score": score, "seconds": seconds, "bytes": weight,
+               "steps": adapter.card.training["steps"], "peak_mb": adapter.card.training["peak_mb"]}  # fmt: skip
+        other = tasks[(i + 1) % len(tasks)]
+        if config.get("forgetting") == "probe" and other is not task:
+            changes = []
+            for mix in ("a", None):
+                with model.using(mix):
+                    found = probe(model, other).predict(model, other.test)
+                changes.append(sum(f == e.target for f, e in zip(found, other.test, strict=True)) / len(found))
+            row["forgot"] = changes[0] - changes[1]
+        model.detach("a")
+        rows.append(row)
+    return {"form": form.settings(), "parameters": size, "rows": rows, "threads": torch.get_num_threads()}
+
+
+def absent(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the base does by itself: a probe on frozen features, or its answers without training."""
+    import polytask as pt
+
+    model = base_of(config)
+    return {
+        "rows": [{"task": t.name, "score": pt.evaluate(model, t, resamples=0).value} for t in tasks_of(config, seed)]
+    }
+
+
+def main() -> None:
+    """Runs what is missing and writes the page."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.forms", description=__doc__)
+    parser.add_argument("suites", nargs="*", help="which (english, p3, cifar); all when not given")
+    parser.add_argument("--forms", help="names, separated by commas; all when not given")
+    parser.add_argument("--seeds", type=int, help="how many; the configuration's number when not given")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many minutes")
+    parser.add_argument("--one", nargs=3, metavar=("SUITE", "FORM", "SEED"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        name, form, seed = given.one
+        config = suite(name)
+        found = absent(config, int(seed)) if form == "base" else one(config, form, int(seed))
+        print(json.dumps(found))
+        return
+    from polytask.core.form import forms
+
+    until = time.monotonic() + 60 * given.minutes
+    names = ["base", *(given.forms.split(",") if given.forms else forms)]
+    suites = given.suites or ["english", "p3", "cifar"]
+    most = max(given.seeds or suite(s)["seeds"] for s in suites)
+    for seed in range(most):
+        for name in suites:
+            for form in names:
+                if time.monotonic() < until:
+                    _fill(name, form, seed)
+    for name in suites:
+        page = page_of(name)
+        (ROOT / suite(name)["page"]).write_text(page, encoding="utf-8")
+        print(page)
+
+
+def _fill(name: str, form: str, seed: int) -> None:
+    kept = HERE / f"{name}.results.json"
+    done = json.loads(kept.read_text()) if kept.exists() else {}
+    if str(seed) in done.get(form, {}):
+        return
+    print(f"{time.strftime('%H:%M:%S')} {name} {form} seed {seed}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "experiments.forms", "--one", name, form, str(seed)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if ran.returncode:
+        lines = ran.stderr.strip().splitlines()
+        found: dict[str, Any] = {"failed": lines[-1] if lines else "no message"}
+        print(f"  {found['failed']}", file=sys.stderr, flush=True)
+    else:
+        found = json.loads(ran.stdout.strip().splitlines()[-1])
+    done.setdefault(form, {})[str(seed)] = found
+    kept.write_text(json.dumps(done, indent=1))
+
+
+def _mean(values: list[float], digits: int = 3) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def page_of(name: str) -> str:
+    """The results of a suite as Markdown, best first; and a picture of score against parameters beside it."""
+    config = suite(name)
+    kept = HERE / f"{name}.results.json"
+    done = json.loads(kept.read_text()) if kept.exists() else {}
+    lines = [f"# {config['title']}", "", config["about"].strip(), ""]
+    lines += [
+        f"Budget {config['budget']:,} parameters; settings `{json.dumps(config['learn'])}`, "
+        f"sizes `{json.dumps(config['sizes'])}`. "
+        "Score: mean over tasks, then over seeds, with a 95 % t-interval over seeds. Step time is over LoRA's of the same seed. "
+        f"Made by `python -m experiments.forms {name}`.", "",
+        "| form | score | seeds | parameters | bytes on disk | step time / LoRA | peak MB | probe on another task |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    pace = {s: _pace(r) for s, r in done.get("lora", {}).items() if "rows" in r}
+    table, missing = [], []
+    for form, seeds in done.items():
+        good = {s: r for s, r in seeds.items() if "rows" in r}
+        if not good:
+            missing.append(
+                f"{form}: {next(iter(seeds.values())).get('absent') or next(iter(seeds.values())).get('failed')}"
+            )
+            continue
+        scores = [statistics.mean(row["score"] for row in r["rows"]) for r in good.values()]
+        table.append((form, scores, good))
+    for form, scores, good in sorted(table, key=lambda entry: -statistics.mean(entry[1])):
+        first = next(iter(good.values()))
+        if form == "base":
+            lines.append(f"| *{config['bare']}* | {_mean(scores)} | {len(scores)} | 0 | 0 | - | - | - |")
+            continue
+        ratios = [_pace(r) / pace[s] for s, r in good.items() if s in pace]
+        lost = [row["forgot"] for r in good.values() for row in r["rows"] if "forgot" in row]
+        peak = statistics.median(row["peak_mb"] or 0 for r in good.values() for row in r["rows"])
+        weight = statistics.median(row["bytes"] for row in first["rows"])
+        lines.append(
+            f"| {form} | {_mean(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
+            f"{statistics.median(ratios):.2f} | {peak:.0f} | {statistics.mean(lost):+.3f} |"
+            if ratios and lost
+            else f"| {form} | {_mean(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
+            f"{f'{statistics.median(ratios):.2f}' if ratios else '-'} | {peak:.0f} | - |"
+        )
+    picture = (ROOT / config["page"]).with_suffix(".png")
+    _draw([(f, statistics.mean(s), next(iter(g.values()))["parameters"]) for f, s, g in table if f != "base"], picture)
+    lines += ["", f"![Score against parameters]({picture.name})", "", config.get("reading", "").strip()]
+    if missing:
+        lines += ["", "Not in the table: " + "; ".join(missing) + "."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _pace(result: dict[str, Any]) -> float:
+    return statistics.median(row["seconds"] / row["steps"] for row in result["rows"])
+
+
+def _draw(points: list[tuple[str, float, int]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for form, score, size in points:
+        axes.scatter(size, score, s=18, color="#3060a0")
+        axes.annotate(form, (size, score), fontsize=7, xytext=(3, 2), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel("score")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
