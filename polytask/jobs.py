@@ -64,6 +64,7 @@ def compare(
         try:
             made: Adapter = learn(
                 base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
+                budget=stage.get("budget"),
                 **stage.get("schedule", {}),
             )  # fmt: skip
         except MemoryLimitError as error:

@@ -427,8 +427,6 @@ def test_starts_that_change_the_base(converted: bool, tmp_path: Path) -> None:
     ("config", "words"),
     [
         (peft.AdaLoraConfig(target_modules=["query"], total_step=10), "'ADALORA' is not known"),
-        (peft.VeraConfig(target_modules=["query"]), "'VERA' is not known"),
-        (peft.LoraConfig(target_modules=["query"], use_dora=True), r"uses DoRA \(use_dora\)"),
         (peft.LoraConfig(target_modules=["query"], bias="lora_only"), "trained biases.*'lora_only'"),
         (peft.LoraConfig(target_modules=["query"], lora_bias=True), "a bias in B"),
         (peft.LoraConfig(target_modules=["query"], trainable_token_indices=[1, 2]), "trained tokens"),

@@ -274,6 +274,9 @@ def _inspected(adapter: Adapter, problems: list[str]) -> str:
         if k in card.training
     }
     lines += [f"training: {training}"] if training else []
+    if held := card.training.get("ranks"):
+        each = held["sites"].values()
+        lines.append(f"ranks: {held['total']} by {held['budget']['name']}, from {min(each)} to {max(each)} at a site")
     lines += [f"cannot be served by vLLM as it is: {p}" for p in problems] or ["can be served by vLLM as it is"]
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def _with_file(
         if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
             continue
         kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-        if name == "form" and isinstance(value, dict):
+        if name in ("form", "budget") and isinstance(value, dict):
             merged[name] = value
             continue
         try:
@@ -120,7 +120,7 @@ def _spelled(parameter: inspect.Parameter) -> str:
     return parameter.name
 
 
-def form_of(text: str | dict[str, Any]) -> dict[str, Any]:
+def form_of(text: str | dict[str, Any], flag: str = "--form") -> dict[str, Any]:
     """``lora`` or ``lora:rank=8,alpha=16`` (or the mapping of a YAML file) as a mapping."""
     if isinstance(text, dict):
         return text
@@ -131,11 +131,11 @@ def form_of(text: str | dict[str, Any]) -> dict[str, Any]:
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, sign, value = part.partition("=")
         if not sign:
-            raise ConfigError(f"--form {text!r}: {part!r} is no setting; write name=value, as in lora:rank=8,alpha=16")
+            raise ConfigError(f"{flag} {text!r}: {part!r} is no setting; write name=value, as in lora:rank=8,alpha=16")
         try:
             chosen[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"--form {text!r}: {value!r} is no value; write name=value, as in lora:rank=8") from None
+            raise ConfigError(f"{flag} {text!r}: {value!r} is no value; write name=value, as in lora:rank=8") from None
     return chosen
 
 

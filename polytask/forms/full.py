@@ -24,6 +24,9 @@ class Full(Form):
     norms and raw parameters. Where every row of the batch has the same weights it is added to the weight, which costs
     one addition.
 
+    Which parts of the network move is said by ``sites``, as for every form: ``sites="norm"`` tunes the norms,
+    ``sites="depth>=0.5"`` the upper half, and with ``parameters="bias"`` only biases change.
+
     Args:
         parameters: ``"all"`` of a module's parameters, ``"weight"``, or ``"bias"`` only.
         stored: ``"delta"`` keeps the change; ``"value"`` keeps the new parameters themselves, as a checkpoint of
@@ -61,58 +64,42 @@ class Full(Form):
         return reason
 
 
-class FullPatch(Patch):
-    """One tensor per parameter of the module, of the parameter's shape."""
+class DensePatch(Patch):
+    """What changes parameters of a module by tensors of their shapes: give ``deltas``, the rest follows.
 
-    form: Full
+    Attributes:
+        shapes: the parameters that it changes, by their names in the module.
+    """
 
-    def __init__(self, form: Full, site: Site) -> None:
+    def __init__(self, form: Form, site: Site) -> None:
         super().__init__(form, site)
-        self.keys = {}
+        parameters = getattr(form, "parameters", "all")
+        self.shapes: dict[str, tuple[int, ...]] = {}
         if site.param:
-            self._hold("value", site.shape, "delta")
+            self.shapes[site.param] = site.shape
             return
-        if form.parameters != "bias":
-            self._hold("weight", site.shape, "delta.weight")
-        if form.parameters != "weight" and site.bias:
+        if parameters != "bias":
+            self.shapes["weight"] = site.shape
+        if parameters != "weight" and site.bias:
             width = site.shape if site.kind == "norm" else (site.d_out if site.kind == "linear" else site.shape[0],)
-            self._hold("bias", width, "delta.bias")
-
-    def _hold(self, name: str, shape: tuple[int, ...], key: str) -> None:
-        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        own = "" if self.site.param else name  # a raw parameter's name is its site's already
-        self.keys = {**self.keys, name: key if self.form.stored == "delta" else own}
+            self.shapes["bias"] = width
 
     def misfit(self, site: Site) -> str:
         """The shape as stored decides: a file of PEFT's does not tell a linear layer from an embedding."""
         mine, other = self.site.shape, site.shape
         return "" if mine == other else f"it was made for a weight of shape {mine}, and the model's is {other}"
 
-    def start(self, generator: torch.Generator) -> None:
-        """Zero for a change; for stored values there is nothing to start from but the base, so they need `load`."""
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-
     def bound(self, base: nn.Module, site: Site) -> Self:
-        for name in self._parameters:
-            if base._parameters.get(site.param or name) is None:
+        for name in self.shapes:
+            if base._parameters.get(name) is None:
                 raise AdapterError(
-                    f"{site.param or name} of {site.path!r} is computed (a parametrisation) or missing, so a Full "
+                    f"{name} of {site.path!r} is computed (a parametrisation) or missing, so a {type(self.form).__name__} "
                     "change cannot act on it; leave the site out, or use a form that acts on outputs"
                 )
         return super().bound(base, site)
 
     def deltas(self) -> dict[str, Tensor]:
-        changes = {}
-        for name, own in self._parameters.items():
-            target = self.site.param or name
-            if self.form.stored == "value":
-                stored = self._base()._parameters[target]
-                changes[target] = own - stored.detach().to(own.dtype)  # type: ignore[union-attr,operator]
-            else:
-                changes[target] = own  # type: ignore[assignment]
-        return changes
+        raise NotImplementedError
 
     def delta(self) -> Tensor | None:
         return self.deltas().get(self.site.param or "weight")
@@ -122,7 +109,7 @@ class FullPatch(Patch):
         if getattr(base, "max_norm", None) is not None:
             raise AdapterError(f"the embedding {self.site.name!r} has max_norm, so its weight is not read as a sum")
         if self.site.read == "weight":
-            raise AdapterError(f"site {self.site.name!r} is not called; a Full change acts on its weight there")
+            raise AdapterError(f"site {self.site.name!r} is not called; this change acts on its weight there")
         stored = {n: p for n, p in base._parameters.items() if p is not None}
         # the original class: the swapped one would add the adapters again
         plain = _Plain(base)
@@ -136,8 +123,39 @@ class FullPatch(Patch):
 
     def _base(self) -> nn.Module:
         if self.base is None:
-            raise AdapterError(f"the Full change at {self.site.name!r} must be attached to a model before it is used")
+            raise AdapterError(f"the change at {self.site.name!r} must be attached to a model before it is used")
         return self.base
+
+
+class FullPatch(DensePatch):
+    """One tensor per parameter of the module, of the parameter's shape."""
+
+    def __init__(self, form: Form, site: Site) -> None:
+        super().__init__(form, site)
+        self.values = getattr(form, "stored", "delta") == "value"  # the new parameters themselves
+        self.keys = {}
+        for target, shape in self.shapes.items():
+            name = "value" if site.param else target  # a raw parameter's name is its site's already
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+            own = "" if site.param else target
+            self.keys = {**self.keys, name: own if self.values else f"delta.{own}".removesuffix(".")}
+
+    def start(self, generator: torch.Generator) -> None:
+        """Zero for a change; for stored values there is nothing to start from but the base, so they need `load`."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
+    def deltas(self) -> dict[str, Tensor]:
+        changes = {}
+        for name, own in self._parameters.items():
+            target = self.site.param or name
+            if self.values:
+                stored = self._base()._parameters[target]
+                changes[target] = own - stored.detach().to(own.dtype)  # type: ignore[union-attr,operator]
+            else:
+                changes[target] = own  # type: ignore[assignment]
+        return changes
 
 
 class _Plain(nn.Module):

@@ -9,8 +9,8 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,12 @@ from torch.nn import functional as F
 from polytask.core.errors import AdapterError, ConfigError, listing
 from polytask.core.form import NO_CALL, Bank, Call, Form, Patch, Weights, forms, per_row
 from polytask.core.site import Site
+
+if TYPE_CHECKING:
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+
+PLAIN_STARTS = ("zero-B", "gaussian", "random")
 
 
 @forms.register("lora")
@@ -38,7 +44,9 @@ class LoRA(Form):
             in PEFT, and none where the change is made to the weight.
         scaling: ``"classic"`` or ``"rank-stabilised"``.
         init: ``"zero-B"`` (A Kaiming-uniform, B zero: starts as the base), ``"gaussian"`` (A normal with deviation
-            1/rank, B zero) or ``"random"`` (both Kaiming-uniform: does not start as the base; for tests).
+            1/rank, B zero), ``"random"`` (both Kaiming-uniform: does not start as the base; for tests), or one of
+            `polytask.forms.starts`: ``pissa``, ``olora``, ``orthogonal``, ``loftq``, ``corda``, ``eva``, ``lora-ga``,
+            some with an option after a colon, as ``"pissa:16"``. All of those start as the base too.
 
     Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685. Where the paper starts A
     from a normal distribution, its code and PEFT use Kaiming-uniform; so does ``"zero-B"``.
@@ -51,7 +59,7 @@ class LoRA(Form):
     alpha: float | None = None
     dropout: float = 0.0
     scaling: Literal["classic", "rank-stabilised"] = "classic"
-    init: Literal["zero-B", "gaussian", "random"] = "zero-B"
+    init: str = "zero-B"
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts")
     peft_type: ClassVar[str] = "LORA"
@@ -66,12 +74,12 @@ class LoRA(Form):
             raise ConfigError(f"LoRA: rank must be a whole number of at least 1, got {self.rank!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA: dropout must be in [0, 1), got {self.dropout!r}")
-        for name, value, allowed in (
-            ("scaling", self.scaling, ("classic", "rank-stabilised")),
-            ("init", self.init, ("zero-B", "gaussian", "random")),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"LoRA: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.scaling not in ("classic", "rank-stabilised"):
+            raise ConfigError(f"LoRA: scaling must be one of classic, rank-stabilised, got {self.scaling!r}")
+        if self.init not in PLAIN_STARTS:
+            from .starts import check
+
+            check(self)
 
     @property
     def scale(self) -> float:
@@ -79,8 +87,36 @@ class LoRA(Form):
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank if self.scaling == "classic" else math.sqrt(self.rank))
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether its factors start at a product that is taken out again."""
+        if self.init in PLAIN_STARTS:
+            return False
+        from .starts import start_of
+
+        return start_of(self.init).subtracts
+
+    @property
+    def in_file(self) -> LoRA:
+        """The plain LoRA that a file describes: of twice the rank, with the same s, where a start is subtracted."""
+        if not self.subtracts:
+            return self
+        rank = 2 * self.rank
+        alpha = self.scale * (rank if self.scaling == "classic" else math.sqrt(rank))
+        return replace(self, rank=rank, alpha=alpha, init="zero-B")
+
     def patch(self, site: Site) -> Patch:
+        if self.subtracts:
+            from .starts import StartPatch
+
+            return StartPatch(self, site)
         return LoRAPatch(self, site)
+
+    def begin(self, model: Model, adapter: Adapter, batches: Sequence[Callable[[], Tensor]]) -> None:
+        if self.init not in PLAIN_STARTS:
+            from .seen import begin
+
+            begin(self, model, adapter, batches)
 
     def refuses(self, site: Site) -> str:
         reason = super().refuses(site)
@@ -88,10 +124,15 @@ class LoRA(Form):
             return reason
         if site.kind == "linear" and len(site.shape) != 2:
             return f"site {site.name!r} has a weight of shape {site.shape}; LoRA needs two dimensions there"
+        if self.init not in PLAIN_STARTS:
+            from .starts import misfit
+
+            return misfit(self, site)
         return ""
 
     def to_peft(self, patches: Mapping[str, Patch]) -> dict[str, Any]:
-        own: dict[str, LoRA] = {path: p.form for path, p in patches.items() if isinstance(p.form, LoRA)}
+        own: dict[str, LoRA] = {path: p.form.in_file for path, p in patches.items() if isinstance(p.form, LoRA)}
+        general = self.in_file
         stable = {f.scaling for f in own.values()} | {self.scaling} == {"rank-stabilised"}
 
         def alpha(form: LoRA) -> float:
@@ -104,17 +145,18 @@ class LoRA(Form):
         ends = {path[match.end() :] for path in own for match in re.finditer(r"\.", path)}
         keys = {path: f"^{path}" if path in ends else path for path in own}
         return {
-            "r": self.rank,
-            "lora_alpha": alpha(self),
+            "r": general.rank,
+            "lora_alpha": alpha(general),
             "lora_dropout": 0.0 if any(p.site.kind == "experts" for p in patches.values()) else self.dropout,
             "use_rslora": stable,
-            "rank_pattern": {keys[path]: f.rank for path, f in own.items() if f.rank != self.rank},
-            "alpha_pattern": {keys[path]: alpha(f) for path, f in own.items() if alpha(f) != alpha(self)},
+            "rank_pattern": {keys[path]: f.rank for path, f in own.items() if f.rank != general.rank},
+            "alpha_pattern": {keys[path]: alpha(f) for path, f in own.items() if alpha(f) != alpha(general)},
             "fan_in_fan_out": any(p.site.transposed for p in patches.values()),
             "init_lora_weights": True,
             "bias": "none",
             "use_dora": False,
             "lora_bias": False,
+            "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
         }
@@ -131,6 +173,10 @@ class LoRA(Form):
             dropout=float(config.get("lora_dropout") or 0.0),
             scaling="rank-stabilised" if config.get("use_rslora") else "classic",
         )
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("peft_type") == cls.peft_type and not config.get("use_dora")  # that is the form "dora"
 
     @classmethod
     def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:
@@ -545,4 +591,5 @@ class LoRAPatch(Patch):
             h = convolve[dims - 1](x, A, None, base.stride, padding, base.dilation)
             return convolve[dims - 1](h, B) * self.form.scale
         # A sees the inputs of one group; the product is taken first, which is exact for any number of groups
-        return convolve[dims - 1](x, self.delta().to(x.dtype), None, base.stride, padding, base.dilation, groups)
+        weight = LoRAPatch.delta(self).to(x.dtype)  # not that of a form which adds more to it
+        return convolve[dims - 1](x, weight, None, base.stride, padding, base.dilation, groups)

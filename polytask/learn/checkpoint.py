@@ -43,6 +43,8 @@ def save(folder: Path, courses: Sequence[Course], key: str) -> None:
         for number, moments in course.optimiser.state_dict()["state"].items():
             for name, value in moments.items():
                 tensors[f"{i}/optimiser/{number}/{name}"] = torch.as_tensor(value)
+        if course.controller is not None:
+            tensors |= {f"{i}/budget/{name}": value for name, value in course.controller.state().items()}
         state["courses"].append(
             {
                 "step": course.step, "worse": course.worse, "stopped": course.stopped, "scores": course.scores,
@@ -84,6 +86,8 @@ def restore(folder: Path, courses: Sequence[Course], key: str) -> bool:
         course.step, course.worse, course.stopped, course.scores = (
             kept["step"], kept["worse"], kept["stopped"], kept["scores"],
         )  # fmt: skip
+        if course.controller is not None:
+            course.controller.load(_under(tensors, f"{i}/budget/"))
         if kept["best"]:
             course.best = (*kept["best"], _under(tensors, f"{i}/best/"))
         full = course.optimiser.state_dict()

@@ -21,6 +21,7 @@ from polytask.core.recipe import Schedule, Stage
 from polytask.core.task import Task
 
 from . import plan
+from .budget import Budget, Controller
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Course:
         step: optimiser steps taken.
         begun: whether the adapter has had its start, also the part that looks at data.
         best: (score, step, state) of the best evaluation on dev.
+        budget: how its ranks are dealt out.
     """
 
     name: str
@@ -52,6 +54,11 @@ class Course:
     worse: int = 0
     stopped: bool = False
     scores: list[dict[str, Any]] = field(default_factory=list)
+    budget: Budget | None = None
+    controller: Controller | None = None
+
+    def __post_init__(self) -> None:
+        self.sites = list(self.adapter.patches)  # a start or a budget may take some away
 
     def read(self, model: Model) -> None:
         """Reads the examples and plans the batches. Raises `DataError` when there is nothing to learn from."""
@@ -71,7 +78,9 @@ class Course:
         self.checks = {round(self.total * (i + 1) / count) for i in range(count)}
 
     def prepare(self) -> None:
-        """Builds the optimiser."""
+        """Builds the optimiser, and what deals the ranks out."""
+        if self.budget is not None:
+            self.controller = self.budget.control(self.adapter, self.total, self.stage.seed)
         self.optimiser = self._optimiser()
         name = "constant_with_warmup" if self.schedule.schedule == "constant" else self.schedule.schedule
         self.scheduler = get_scheduler(name, self.optimiser, math.ceil(self.total * self.schedule.warmup), self.total)
@@ -136,8 +145,10 @@ class Course:
             raise LearnError(f"the gradient of {self.name!r} is not a number")
         self.optimiser.step()
         self.scheduler.step()
-        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        if self.controller is not None:
+            self.controller.after(self.step)
+        self.optimiser.zero_grad(set_to_none=True)
         return norm
 
     def evaluate(self, model: Model) -> dict[str, Any] | None:
@@ -159,6 +170,8 @@ class Course:
         mean = sum(s * v for s, v in zip(signs, values.values(), strict=True)) / len(values)
         record = {"step": self.step, "dev": values, "mean": mean}
         self.scores.append(record)
+        if self.controller is not None and not self.controller.settled(self.step):
+            return record  # its ranks are not those that the budget allows in the end
         if self.best is None or mean > self.best[0]:
             self.best, self.worse = (mean, self.step, self.adapter.state()), 0
         else:

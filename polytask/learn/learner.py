@@ -29,6 +29,7 @@ from polytask.core.select import Selector
 from polytask.core.task import Task, read_tasks
 
 from . import checkpoint, precision
+from .budget import Budget, ranks
 from .course import Course
 from .objectives import Objective, objectives
 from .warm import warm
@@ -46,6 +47,7 @@ def learn(
     sites: Selector | None = None,
     objective: str | Objective | None = None,
     *,
+    budget: Budget | str | Mapping[str, Any] | None = None,
     together: bool = False,
     joint: bool = False,
     seed: int = 0,
@@ -68,6 +70,9 @@ def learn(
         form: what learns: a form, its name, or a mapping with its settings.
         sites: where; the form's own choice when None.
         objective: the loss, by name or as an `Objective`; each head's own when None.
+        budget: how the ranks of the form ``lora`` are dealt out among its sites: a budget, its name (``adalora``,
+            ``increlora``, ``triangular``, ``sample``, ``eva``), or a mapping with its settings. The total is the form's rank
+            times its sites; evenly when None.
         together: one adapter per task in one run and one base in memory, each step with a batch of every task. It gives
             what separate runs give; returns a list in the order of the tasks.
         joint: one adapter that all tasks share, with a head for each.
@@ -95,12 +100,18 @@ def learn(
     model = Model.load(model) if isinstance(model, str) else model
     given = [tasks] if isinstance(tasks, Task) else read_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
     mixture = _mixture(given, together, joint)
+    dealt = None if budget is None else Budget.of(budget)
+    if dealt is not None and start is not None:
+        raise ConfigError(
+            f"the budget {dealt.name!r} deals out the ranks of a fresh adapter; leave start or budget out"
+        )
     stage = Stage.of(
         {
             "form": {"name": Form.of(form).name, **Form.of(form).settings()},
             "mixture": mixture, "sampling": sampling, "temperature": temperature, "seed": seed,
             "sites": sites if isinstance(sites, str) or sites is None else tuple(sites) if not callable(sites) else None,
             "objective": objective if isinstance(objective, str) else None,
+            "budget": None if dealt is None else dealt.settings(),
             "schedule": Schedule.of(schedule, "learn"),
         }
     )  # fmt: skip
@@ -108,8 +119,9 @@ def learn(
     courses = []
     for group in groups:
         called = name if name and len(groups) == 1 else "joint" if mixture == "joint" else group[0].name
-        adapter, fresh = _fresh(model, group, Form.of(form), sites, stage, called, start)
-        courses.append(Course(called, adapter, group, stage, fresh, begun=start is not None))
+        learns = dealt.form(dealt.takes(Form.of(form))) if dealt is not None else Form.of(form)
+        adapter, fresh = _fresh(model, group, learns, sites, stage, called, start)
+        courses.append(Course(called, adapter, group, stage, fresh, begun=start is not None, budget=dealt))
     loss = objective if isinstance(objective, Objective) else objectives[objective]() if objective else Objective()
     run = Run(model, courses, loss, Path(out) if out is not None else None, tracker, progress)
     run.go()
@@ -390,7 +402,7 @@ class Run:
             for course in self.courses:
                 if course.best is not None:
                     course.adapter.load_state(course.best[2])
-                course.adapter.save(self._folder(course))
+                course.adapter.form.finish(course.adapter).save(self._folder(course))
             checkpoint.clear(self.out)
             kept = f" The last good adapter is in {self.out}."
         step = max(course.step for course, _, _ in drawn)
@@ -456,6 +468,8 @@ class Run:
                 "trained_parameters": trained, "lr": course.lr,
                 "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
             }  # fmt: skip
+            if course.budget is not None:
+                card.training["ranks"] = ranks(course.adapter, course.budget, course.sites, course.controller)
             card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
             course.adapter.trainable(False)
             if self.out is not None and self.accelerator.is_main_process:

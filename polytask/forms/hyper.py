@@ -1,0 +1,227 @@
+"""A hypernetwork that all sites share writes the low-rank patch of each, from an embedding of the site and of the task.
+
+Shapes: i = d_in, o = d_out, r rank, e embedding, h hidden, C template width, k = ceil(width of the site / C) templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polytask.core.errors import AdapterError, ConfigError, MixError, listing, nearest
+from polytask.core.form import NO_CALL, Call, Form, Part, Patch, forms, per_row
+from polytask.core.site import Site
+
+from .lora import LoRA, LoRAPatch
+
+if TYPE_CHECKING:
+    from polytask.core.adapter import Adapter
+
+
+@forms.register("hyper")
+@dataclass(frozen=True)
+class Hyper(Form):
+    """LoRA whose factors are written by one shared network: ``c(x) = s B(z, l) (A(z, l) x)``, ``s = alpha / rank``.
+
+    z is the task's prototype and l the site's embeddings. The network writes templates of ``width`` columns from
+    ``LN(W2 relu(W1 [z; l]))``; a site of k times that width has k embeddings, so k templates, which its k x k kernel
+    combines into the columns of A (and rows of B). B's part of the network is zero at the start, so it starts as the base.
+
+    Args:
+        rank: r, the inner size of both factors.
+        alpha: the scale's numerator; twice the rank when None.
+        tasks: names of tasks with a prototype each. A row's task chooses its prototype; where the call has no task, their
+            mean is used. Without names there is one prototype for all.
+        width: C, the columns of a template.
+        embedding: e, the size of prototypes and embeddings.
+        hidden: h, the size of the network's hidden layer.
+
+    Reference: Liu et al., Polyhistor, arXiv 2210.03265 (low-rank generated matrices, templates and kernels per layer), and
+    Zhao et al., Prototype-based HyperAdapter, arXiv 2310.11670 (prototypes). Here LoRA's factors are generated in place of
+    bottleneck adapters, kernels start as the identity, and prototypes are chosen by name: there is no retriever.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    tasks: tuple[str, ...] = ()
+    width: int = 256
+    embedding: int = 32
+    hidden: int = 64
+
+    peft_type: ClassVar[str] = "POLYTASK_HYPER"
+    default_lr: ClassVar[float] = 1e-3
+    paper: ClassVar[str] = "arXiv 2210.03265, 2310.11670"
+    tensor_names: ClassVar[dict[str, str]] = {
+        "hyper.inputs": "inputs", "hyper.outputs": "outputs", "hyper.kernel_in": "kernel_in",
+        "hyper.kernel_out": "kernel_out",
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "width", "embedding", "hidden"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"Hyper: {name} must be a whole number of at least 1, got {value!r}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"Hyper: each of tasks must have a name of its own, got {listing(self.tasks)}")
+
+    @property
+    def scale(self) -> float:
+        """s, the number that the product is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def patch(self, site: Site) -> Patch:
+        return HyperPatch(self, site)
+
+    def shared(self, sites: Sequence[Site]) -> Part:
+        return HyperNetwork(self)
+
+    @staticmethod
+    def materialise(adapter: Adapter, task: str | None = None) -> Adapter:
+        """The LoRA adapter that a hypernetwork writes for a task: the same function, without the network.
+
+        Args:
+            adapter: of this form.
+            task: one of the form's tasks; None is the mean of their prototypes.
+
+        Raises:
+            AdapterError: the adapter is of another form.
+            MixError: the form has no such task.
+        """
+        from polytask.core.adapter import Adapter
+
+        form = adapter.form
+        if not isinstance(form, Hyper):
+            raise AdapterError(f"the adapter {adapter.name!r} is of the form {form.name!r}; this needs one of 'hyper'")
+        target = LoRA(rank=form.rank, alpha=form.scale * form.rank)
+        patches: dict[str, Patch] = {}
+        for name, patch in adapter.patches.items():
+            if isinstance(patch, HyperPatch):
+                with torch.no_grad():
+                    A, B = patch.factors(task)
+                patches[name] = LoRAPatch(target, patch.site)
+                patches[name].load({"A": A.contiguous(), "B": B.contiguous()})
+        made = Adapter(target, patches, adapter.copy().heads, adapter.copy().card, adapter.name, adapter.short_targets)
+        made.card.parents = [adapter.hash]
+        return made
+
+
+class HyperNetwork(Part):
+    """Prototypes and the network that writes templates."""
+
+    form: Hyper
+
+    def __init__(self, form: Hyper) -> None:
+        super().__init__(form)
+        e, h, block = form.embedding, form.hidden, form.rank * form.width
+        for name, shape in (
+            ("prototypes", (max(1, len(form.tasks)), e)),
+            ("first", (h, 2 * e)), ("first_bias", (h,)), ("second", (e, h)), ("second_bias", (e,)),
+            ("down", (block, e)), ("down_bias", (block,)), ("up", (block, e)), ("up_bias", (block,)),
+        ):  # fmt: skip
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def start(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                assert parameter is not None
+                if name.endswith("bias") or name == "up":
+                    parameter.zero_()
+                elif name == "prototypes":
+                    parameter.normal_(generator=generator)
+                else:
+                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            self.down *= (3 * self.form.width) ** -0.5  # type: ignore[operator]  # A as large as LoRA's
+
+    def prototype(self, task: str | None) -> Tensor:
+        """Of a task by its name; their mean for None."""
+        if task is None or not self.form.tasks:
+            return self.prototypes.mean(0)  # type: ignore[operator]
+        if task not in self.form.tasks:
+            raise MixError(
+                f"the hypernetwork has no prototype of the task {task!r}{nearest(task, self.form.tasks)}; it has: "
+                f"{listing(self.form.tasks)}"
+            )
+        return self.prototypes[self.form.tasks.index(task)]  # type: ignore[index]
+
+    def write(self, embeddings: Tensor, task: str | None, kernel: Tensor | None, which: str) -> Tensor:
+        """A factor [r, k*C] of a site with ``embeddings`` [k, e]."""
+        form, own = self.form, self._parameters
+        z = self.prototype(task).expand(len(embeddings), -1)
+        h = F.linear(torch.cat([z, embeddings], 1), own["first"], own["first_bias"]).relu()  # [k, h]
+        code = F.layer_norm(F.linear(h, own["second"], own["second_bias"]), (form.embedding,))  # [k, e]
+        templates = F.linear(code, own[which], own[f"{which}_bias"])  # [k, r*C]
+        if kernel is not None:
+            templates = kernel @ templates
+        return templates.view(-1, form.rank, form.width).transpose(0, 1).flatten(1)  # [r, k*C]
+
+
+class HyperPatch(Patch):
+    """A site's embeddings and kernels; the factors are written by ``shared``."""
+
+    keys = {n: f"hyper.{n}" for n in ("inputs", "outputs", "kernel_in", "kernel_out")}
+    form: Any
+
+    def __init__(self, form: Hyper, site: Site) -> None:
+        super().__init__(form, site)
+        for size, name, kernel in ((site.d_in, "inputs", "kernel_in"), (site.d_out, "outputs", "kernel_out")):
+            k = -(-size // form.width)
+            self.register_parameter(name, nn.Parameter(torch.empty(k, form.embedding)))
+            if k > 1:
+                self.register_parameter(kernel, nn.Parameter(torch.empty(k, k)))
+        self._kept: tuple[Any, ...] | None = None
+
+    def start(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                assert parameter is not None
+                if name.startswith("kernel"):
+                    nn.init.eye_(parameter)
+                else:
+                    parameter.normal_(generator=generator)
+
+    def factors(self, task: str | None = None) -> tuple[Tensor, Tensor]:
+        """A [r, i] and B [o, r] for a task; without gradients they are kept until a parameter changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._write(task)
+        tensors = [*self._parameters.values(), *self.shared._parameters.values()]
+        state = (
+            task,
+            torch.is_inference_mode_enabled(),
+            *[(id(t), t._version) for t in tensors if not t.is_inference()],
+        )  # type: ignore[union-attr]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self._write(task), tensors)  # holding them keeps their ids theirs
+        return self._kept[1]
+
+    def _write(self, task: str | None) -> tuple[Tensor, Tensor]:
+        own, site = self._parameters, self.site
+        A = self.shared.write(own["inputs"], task, own.get("kernel_in"), "down")[:, : site.d_in]
+        B = self.shared.write(own["outputs"], task, own.get("kernel_out"), "up")[:, : site.d_out]
+        return A, B.T
+
+    def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
+        tasks = call.tasks if self.form.tasks else None
+        if tasks is None or len(set(tasks)) == 1:
+            A, B = self.factors(None if tasks is None else tasks[0])
+            return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.form.scale
+        x, y, per = per_row(x, y, len(tasks), self.site.name)
+        names = list(dict.fromkeys(tasks))
+        written = [self.factors(name) for name in names]
+        of = torch.tensor([names.index(task) for task in tasks], device=x.device).repeat_interleave(per)
+        A, B = (torch.stack(factors).to(x.dtype)[of] for factors in zip(*written, strict=True))  # [B, r, i], [B, o, r]
+        rows = x.reshape(len(x), -1, x.shape[-1])  # [B, T, i]
+        done = torch.bmm(torch.bmm(rows, A.transpose(1, 2)), B.transpose(1, 2)) * self.form.scale
+        return done.view(*x.shape[:-1], -1)
+
+    def delta(self) -> Tensor:
+        A, B = self.factors()
+        product = (B @ A) * self.form.scale
+        return product.T if self.site.transposed else product
