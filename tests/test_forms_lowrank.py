@@ -376,6 +376,12 @@ def test_dora_in_a_narrow_type_keeps_what_m_has_learned() -> None:
     torch.testing.assert_close(change.float(), exact, atol=1e-4, rtol=0.2)
 
 
+@pytest.mark.parametrize("form", [pt.DoRA, pt.LoRAFA])
+def test_starts_that_only_lora_has(form: Any) -> None:
+    with pytest.raises(ConfigError, match="init must be one of zero-B, gaussian, random, got 'pissa'"):
+        form(init="pissa")
+
+
 # --- LoRA-FA
 
 
@@ -511,7 +517,7 @@ def test_fourier_can_start_as_in_the_paper() -> None:
     adapter = pt.Adapter.new(pt.Model(tiny("llama")[0]), pt.Fourier(init="normal"), "query | key")
     counts = {patch.site.shape: len(patch.spectrum) for patch in adapter.patches.values()}
     assert counts == {(32, 32): 1000, (16, 32): 512}  # all there are, where there are fewer
-    assert all(0.8 < float(patch.spectrum.std()) < 1.2 for patch in adapter.patches.values())
+    assert all(0.8 < float(patch.spectrum.detach().std()) < 1.2 for patch in adapter.patches.values())
 
 
 # --- SMoRA

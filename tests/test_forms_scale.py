@@ -28,6 +28,8 @@ QUIET = (
     "Could not find a config file",
     "Unable to fetch remote file",
     "The symmetric initialization can NOT",
+    "`is_gradient_checkpointing`",
+    "`gradient_checkpointing_enable`",
 )
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{start}") for start in QUIET]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -647,3 +649,27 @@ def test_the_cayley_transform_and_its_derivatives(size: float) -> None:
         found.append((out, first, second))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
+
+
+def test_a_rotation_acts_around_a_module_however_it_is_called() -> None:
+    """The base runs once, on the rotated input, also behind a forward that was set on the instance."""
+    base = nn.Linear(8, 4)
+    model = pt.Model(nn.ModuleDict({"lin": base}))
+    adapter = pt.Adapter.new(model, pt.OFT(block_size=4), "kind:linear", name="a")
+    move(adapter.parameters(), size=0.5)
+    x, runs = torch.randn(2, 8), []
+    plain = base.forward
+    model.attach(adapter)
+    with torch.no_grad(), model.using("a"):
+        wanted = base(x)
+        torch.testing.assert_close(base(input=x), wanted, **CLOSE)
+        y = plain(x)
+        patch = adapter.patches["lin"].bound(base, adapter.patches["lin"].site)
+        torch.testing.assert_close(patch.add(x, y, y), wanted, **CLOSE)
+        patch.around(lambda h: runs.append(h) or h, x)
+    assert len(runs) == 1 and torch.allclose(runs[0].norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    model.detach()
+    base.forward = lambda *args: plain(*args)
+    model.attach(adapter)
+    with torch.no_grad(), model.using("a"):
+        torch.testing.assert_close(base(x), wanted, **CLOSE)

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from polytask.core.errors import AdapterError
+from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import NO_CALL, Bank, Call, Patch, forms
 from polytask.core.site import Site
 
-from .lora import LoRA, LoRAPatch
+from .lora import PLAIN_STARTS, LoRA, LoRAPatch
 
 
 @forms.register("dora")
@@ -29,7 +29,8 @@ class DoRA(LoRA):
     ``m`` starts as ``n``, so that it starts as the base.
 
     Args:
-        rank, alpha, dropout, scaling, init: as for `LoRA`.
+        rank, alpha, dropout, scaling: as for `LoRA`.
+        init: ``"zero-B"``, ``"gaussian"`` or ``"random"``, as for `LoRA`.
 
     Reference: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353. Ours drops inputs of the
     low-rank branch only, so ``y`` is used again, where the authors' code computes the base a second time on the dropped
@@ -43,6 +44,11 @@ class DoRA(LoRA):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     paper: ClassVar[str] = "arXiv 2402.09353"
     tensor_names: ClassVar[dict[str, str]] = {**LoRA.tensor_names, "lora_magnitude_vector": "m"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in PLAIN_STARTS:
+            raise ConfigError(f"DoRA: init must be one of {', '.join(PLAIN_STARTS)}, got {self.init!r}")
 
     def patch(self, site: Site) -> Patch:
         return DoRAPatch(self, site)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from polytask.core.errors import ConfigError
 from polytask.core.form import Patch, forms
 from polytask.core.site import Site
 
-from .lora import LoRA, LoRAPatch
+from .lora import PLAIN_STARTS, LoRA, LoRAPatch
 
 
 @forms.register("lora-fa")
@@ -22,7 +23,8 @@ class LoRAFA(LoRA):
     reads it as such; a file of PEFT's is read as the form ``"lora"``.
 
     Args:
-        rank, alpha, dropout, scaling, init: as for `LoRA`.
+        rank, alpha, dropout, scaling: as for `LoRA`.
+        init: ``"zero-B"``, ``"gaussian"`` or ``"random"``, as for `LoRA`.
 
     Reference: Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning, arXiv
     2308.03303. The random factor starts as in `LoRA` (Kaiming-uniform), where the paper has a normal distribution.
@@ -32,6 +34,11 @@ class LoRAFA(LoRA):
     """
 
     paper: ClassVar[str] = "arXiv 2308.03303"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in PLAIN_STARTS:
+            raise ConfigError(f"LoRAFA: init must be one of {', '.join(PLAIN_STARTS)}, got {self.init!r}")
 
     def patch(self, site: Site) -> Patch:
         return LoRAFAPatch(self, site)

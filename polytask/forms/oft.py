@@ -18,7 +18,6 @@ from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.site import Site
 
-
 SERIES = 16  # from this block size on a series may replace the inverse
 
 
@@ -152,12 +151,12 @@ class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(Q: Tensor) -> Tensor:
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        if Q.is_cpu and Q.dim() == 3 and Q.shape[-1] >= SERIES and not torch.compiler.is_compiling():
-            if Q.square().sum((1, 2)).max() < 0.09:  # then |Q|^16 < 1e-8, and products are faster than LAPACK
-                power, inverse = Q @ Q, eye - Q
-                for _ in range(2):  # (I + Q)^-1 = (I - Q)(I + Q^2)(I + Q^4)(I + Q^8) to rounding
-                    inverse, power = torch.baddbmm(inverse, inverse, power), power @ power
-                return 2.0 * (torch.baddbmm(inverse, inverse, power) - eye)
+        series = Q.is_cpu and Q.dim() == 3 and Q.shape[-1] >= SERIES and not torch.compiler.is_compiling()
+        if series and Q.square().sum((1, 2)).max() < 0.09:  # then |Q|^16 < 1e-8, and products are faster than LAPACK
+            power, inverse = Q @ Q, eye - Q
+            for _ in range(2):  # (I + Q)^-1 = (I - Q)(I + Q^2)(I + Q^4)(I + Q^8) to rounding
+                inverse, power = torch.baddbmm(inverse, inverse, power), power @ power
+            return 2.0 * (torch.baddbmm(inverse, inverse, power) - eye)
         whole: Tensor = torch.linalg.inv_ex(eye + Q)[0]  # it exists: Q has imaginary eigenvalues only
         return 2.0 * (whole - eye)
 

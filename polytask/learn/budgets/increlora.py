@@ -167,7 +167,8 @@ class Grower(Rounds):
             met = patch.__dict__["met"]
             zero = patch.A.new_zeros(patch.B.shape[0], patch.A.shape[1])
             change, gradient = met.get("change", zero).abs(), met.get("gradient", zero)
-            if dist.is_available() and dist.is_initialized():  # each process has seen its share of the batch, or nothing
+            # each process has seen its share of the batch, or nothing
+            if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(change, dist.ReduceOp.MAX)
                 dist.all_reduce(gradient)
             value = (change * gradient.abs()).sum() / math.sqrt(change.numel())
