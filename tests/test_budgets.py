@@ -6,10 +6,7 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -435,34 +432,3 @@ def test_what_cannot_be_done_is_said(budget, form, message, encoder, task):
 def test_a_budget_needs_a_fresh_adapter(encoder, task):
     with pytest.raises(ConfigError, match="leave start or budget out"):
         pt.learn(encoder, task, form=FORM, budget="adalora", start=pt.Adapter.new(encoder, FORM), **QUICK)
-
-
-@pytest.mark.slow
-def test_two_processes_deal_out_what_one_does(encoder, tmp_path):
-    encoder.module.save_pretrained(tmp_path / "base")
-    encoder.processor.save_pretrained(tmp_path / "base")
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), base=str(tmp_path / "base")))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
-    for count in ("1", "2"):
-        command = [*launch, count, str(script), str(tmp_path / count)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (pt.Adapter.load(tmp_path / count) for count in ("1", "2"))
-    assert one.card.training["ranks"] == two.card.training["ranks"]
-    assert all(torch.allclose(value, two.state()[key], atol=1e-4) for key, value in one.state().items())
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import transformers
-import polytask as pt
-from conftest import colours
-
-model = pt.Model(transformers.AutoModel.from_pretrained({base!r}).eval(), transformers.AutoTokenizer.from_pretrained({base!r}),
-                 name="tiny", pooling="mean")
-pt.learn(model, colours(40), form=pt.LoRA(rank=4), budget="increlora", epochs=2, batch_size=5, progress=False,
-         precision="fp32", out=sys.argv[1])
-"""

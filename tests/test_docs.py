@@ -62,3 +62,15 @@ def test_the_example_tasks_are_what_their_page_says():
         assert (len(task.train), len(task.dev), len(task.test)) == (180, 40, 80)
         assert task.name in page and task.duplicates == 0 and task.licence == "Apache-2.0"
         assert set(task.labels) == {e.target for e in task.train} == {e.target for e in task.test}
+
+
+def test_the_page_of_forms_has_each_of_them_once():
+    from polytask.core.form import forms
+
+    page = (ROOT / "docs" / "forms.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([\w-]+)` \|", page, re.M)
+    assert sorted(named) == sorted(forms)
+    for form in forms.values():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{form.name}` |"))
+        said = tuple(cell.strip() == "yes" for cell in row.split("|")[-3:-1])
+        assert said == (form.mergeable, form.in_peft) and form.paper in row
