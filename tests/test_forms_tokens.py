@@ -24,7 +24,7 @@ def moved(adapter, seed=0, by=0.5):
     return adapter
 
 
-@pytest.mark.parametrize("network", ["gpt2", "llama", "opt", "gpt-neox", "qwen3", "gemma2"])
+@pytest.mark.parametrize("network", ["gpt2", "llama", "opt", "gpt-neox", "bloom", "qwen3", "gemma2", "phi3", "mixtral"])
 def test_a_prompt_of_word_vectors_is_these_words(network):
     module, batch = tiny(network)
     model = pt.Model(module)

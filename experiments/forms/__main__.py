@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +156,10 @@ def one(config: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
                "steps": adapter.card.training["steps"], "peak_mb": adapter.card.training["peak_mb"]}  # fmt: skip
         other = tasks[(i + 1) % len(tasks)]
         if config.get("forgetting") == "probe" and other is not task:
-            changes = []
-            for mix in ("a", None):
-                with model.using(mix):
-                    found = probe(model, other).predict(model, other.test)
-                changes.append(sum(f == e.target for f, e in zip(found, other.test, strict=True)) / len(found))
-            row["forgot"] = changes[0] - changes[1]
+            with model.using("a"):
+                found = probe(model, other).predict(model, other.test)
+            right = sum(f == e.target for f, e in zip(found, other.test, strict=True)) / len(found)
+            row["other"] = {"task": other.name, "score": right}  # the base's own is among the base's results
         model.detach("a")
         rows.append(row)
     return {"form": form.settings(), "parameters": size, "rows": rows, "threads": torch.get_num_threads()}
@@ -180,6 +182,7 @@ def main() -> None:
     parser.add_argument("--forms", help="names, separated by commas; all when not given")
     parser.add_argument("--seeds", type=int, help="how many; the configuration's number when not given")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after so many minutes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     parser.add_argument("--one", nargs=3, metavar=("SUITE", "FORM", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -194,33 +197,40 @@ def main() -> None:
     names = ["base", *(given.forms.split(",") if given.forms else forms)]
     suites = given.suites or ["english", "p3", "cifar"]
     most = max(given.seeds or suite(s)["seeds"] for s in suites)
-    for seed in range(most):
-        for name in suites:
-            for form in names:
-                if time.monotonic() < until:
-                    _fill(name, form, seed)
+    lock = threading.Lock()  # of the results' files
+
+    def fill(job: tuple[int, str, str]) -> None:
+        seed, name, form = job
+        if time.monotonic() < until and seed < (given.seeds or suite(name)["seeds"]):
+            _fill(name, form, seed, lock)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(fill, itertools.product(range(most), suites, names)))
     for name in suites:
         page = page_of(name)
         (ROOT / suite(name)["page"]).write_text(page, encoding="utf-8")
         print(page)
 
 
-def _fill(name: str, form: str, seed: int) -> None:
+def _fill(name: str, form: str, seed: int, lock: threading.Lock) -> None:
     kept = HERE / f"{name}.results.json"
-    done = json.loads(kept.read_text()) if kept.exists() else {}
+    with lock:
+        done = json.loads(kept.read_text()) if kept.exists() else {}
     if str(seed) in done.get(form, {}):
         return
     print(f"{time.strftime('%H:%M:%S')} {name} {form} seed {seed}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "experiments.forms", "--one", name, form, str(seed)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if ran.returncode:
         lines = ran.stderr.strip().splitlines()
         found: dict[str, Any] = {"failed": lines[-1] if lines else "no message"}
         print(f"  {found['failed']}", file=sys.stderr, flush=True)
     else:
         found = json.loads(ran.stdout.strip().splitlines()[-1])
-    done.setdefault(form, {})[str(seed)] = found
-    kept.write_text(json.dumps(done, indent=1))
+    with lock:
+        done = json.loads(kept.read_text()) if kept.exists() else {}
+        done.setdefault(form, {})[str(seed)] = found
+        kept.write_text(json.dumps(done, indent=1))
 
 
 def _mean(values: list[float], digits: int = 3) -> str:
@@ -245,6 +255,7 @@ def page_of(name: str) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     pace = {s: _pace(r) for s, r in done.get("lora", {}).items() if "rows" in r}
+    bare = {s: {row["task"]: row["score"] for row in r["rows"]} for s, r in done.get("base", {}).items() if "rows" in r}
     table, missing = [], []
     for form, seeds in done.items():
         good = {s: r for s, r in seeds.items() if "rows" in r}
@@ -261,7 +272,12 @@ def page_of(name: str) -> str:
             lines.append(f"| *{config['bare']}* | {_mean(scores)} | {len(scores)} | 0 | 0 | - | - | - |")
             continue
         ratios = [_pace(r) / pace[s] for s, r in good.items() if s in pace]
-        lost = [row["forgot"] for r in good.values() for row in r["rows"] if "forgot" in row]
+        lost = [
+            row["other"]["score"] - bare[s][row["other"]["task"]]
+            for s, r in good.items()
+            for row in r["rows"]
+            if "other" in row and s in bare
+        ]
         peak = statistics.median(row["peak_mb"] or 0 for r in good.values() for row in r["rows"])
         weight = statistics.median(row["bytes"] for row in first["rows"])
         lines.append(
