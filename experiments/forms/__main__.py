@@ -291,7 +291,12 @@ def page_of(name: str) -> str:
     _draw([(f, statistics.mean(s), next(iter(g.values()))["parameters"]) for f, s, g in table if f != "base"], picture)
     lines += ["", f"![Score against parameters]({picture.name})", "", config.get("reading", "").strip()]
     if missing:
-        lines += ["", "Not in the table: " + "; ".join(missing) + "."]
+        reasons: dict[str, list[str]] = {}
+        for entry in missing:
+            form, _, reason = entry.partition(": ")
+            reasons.setdefault(reason, []).append(form)
+        said = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+        lines += ["", "Not in the table: " + "; ".join(said) + "."]
     return "\n".join(lines).rstrip() + "\n"
 
 
