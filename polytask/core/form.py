@@ -6,13 +6,13 @@ Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterError, ConfigError, MixError, SiteError, listing, nearest
+from .errors import AdapterError, MixError, SiteError, listing
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -427,20 +427,7 @@ class Form:
         Raises:
             ConfigError: an unknown form or setting, with the nearest valid name.
         """
-        if isinstance(spec, Form):
-            return spec
-        chosen = {"name": spec} if isinstance(spec, str) else dict(spec)
-        kind = forms[str(chosen.pop("name", "lora"))]
-        allowed = {f.name: f for f in fields(kind)}
-        for key in chosen:
-            if key not in allowed:
-                raise ConfigError(
-                    f"the form {kind.name!r} has no setting {key!r}{nearest(key, allowed)}; it has: {listing(allowed)}"
-                )
-        lacking = [n for n, f in allowed.items() if n not in chosen and f.default is f.default_factory is MISSING]
-        if lacking:
-            raise ConfigError(f"the form {kind.name!r} needs {listing(lacking)}")
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+        return spec if isinstance(spec, Form) else forms.make(spec, default="lora")
 
     def finish(self, adapter: Adapter) -> Adapter:
         """What learning leaves: the adapter, or one without what only helped to learn it."""

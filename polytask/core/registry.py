@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields
+from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError, listing, nearest
 
@@ -59,6 +60,34 @@ class Registry(Generic[T]):
     def values(self) -> list[type[T]]:
         """The registered classes, by name."""
         return [self[name] for name in self]
+
+    def make(self, spec: str | Mapping[str, Any], default: str = "") -> T:
+        """An entry from its name, or from a mapping of its name and settings; entries are dataclasses.
+
+        Args:
+            spec: ``"lora"``, or ``{"name": "lora", "rank": 8}``. Lists become tuples.
+            default: the name of a mapping that has none.
+
+        Raises:
+            ConfigError: an unknown name or setting, with the nearest valid one, or one that lacks.
+        """
+        chosen = {"name": spec} if isinstance(spec, str) else dict(spec)
+        name = str(chosen.pop("name", default))
+        if not name:
+            article = "an" if self.what[0] in "aeiou" else "a"
+            raise ConfigError(f"{article} {self.what} needs a name; there are: {listing(self)}")
+        kind: Any = self[name]
+        allowed = {f.name: f for f in fields(kind)}
+        for key in chosen:
+            if key not in allowed:
+                raise ConfigError(
+                    f"the {self.what} {name!r} has no setting {key!r}{nearest(key, allowed)}; it has: {listing(allowed)}"
+                )
+        lacking = [n for n, f in allowed.items() if n not in chosen and f.default is f.default_factory is MISSING]
+        if lacking:
+            raise ConfigError(f"the {self.what} {name!r} needs {listing(lacking)}")
+        made: T = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+        return made
 
     def _discover(self) -> None:
         if self._found:

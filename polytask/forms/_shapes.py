@@ -1,18 +1,16 @@
-"""What forms with a dense change of a weight have in common: how it is applied, kept, and read from files of PEFT's."""
+"""What forms have in common that state their change of a weight as a matrix: how it is applied and kept."""
 
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.errors import AdapterError, listing
+from polytask.core.errors import AdapterError
 from polytask.core.form import NO_CALL, Call, Patch
 from polytask.core.site import Site
 
@@ -35,7 +33,7 @@ def padded(base: Any, x: Tensor) -> tuple[Tensor, Any]:
     return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
 
 
-class DensePatch(Patch):
+class MatrixPatch(Patch):
     """A patch that states its change as `matrix` [o, i] (a kernel flattened into i); the rest follows from it."""
 
     def matrix(self) -> Tensor:
@@ -81,52 +79,3 @@ class DensePatch(Patch):
             if flat or same:
                 return ""
         return super().misfit(site)
-
-
-def pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is a regular expression on the end of the module's path; the first that matches holds."""
-    for key, value in (patterns or {}).items():
-        if path and re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def pattern_keys(paths: Iterable[str]) -> dict[str, str]:
-    """A pattern for each path that matches no other: one that is the end of another's says that it is the whole."""
-    paths = list(paths)
-    ends = {path[match.end() :] for path in paths for match in re.finditer(r"\.", path)}
-    return {path: f"^{path}" if path in ends else path for path in paths}
-
-
-COMMON = frozenset({
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
-    "exclude_modules", "modules_to_save", "auto_mapping", "peft_version", "layers_to_transform", "layers_pattern",
-    "target_parameters", "fan_in_fan_out", "bias", "init_weights", "runtime_config", "ensure_weight_tying",
-})  # fmt: skip
-
-
-def check_peft(config: Mapping[str, Any], name: str, known: Iterable[str], refused: Mapping[str, str]) -> None:
-    """Refuses what a form does not have, and warns of settings that nobody here knows.
-
-    Args:
-        config: ``adapter_config.json``.
-        name: of the form.
-        known: settings that the form reads, or that do not matter once it is trained.
-        refused: settings that make it another function, with what they are.
-    """
-    for key, why in refused.items():
-        if config.get(key):
-            raise AdapterError(f"this PEFT adapter uses {why} ({key}), which the form {name!r} does not have")
-    if config.get("bias") not in (None, "none"):
-        raise AdapterError(
-            f"this PEFT adapter also trained biases (bias={config['bias']!r}), which the form {name!r} does not have; "
-            "merge it with PEFT's merge_and_unload, or train it again with bias='none'"
-        )
-    read = {*COMMON, *known, *refused}
-    unknown = sorted(key for key, value in config.items() if value and key not in read)
-    if unknown:
-        warnings.warn(
-            f"settings of this PEFT adapter that polytask does not know are ignored: {listing(unknown)}; if they "
-            "change what it computes, its outputs will differ",
-            stacklevel=3,
-        )

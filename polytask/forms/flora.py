@@ -16,7 +16,7 @@ from polytask.core.errors import ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.site import Site
 
-from ._shapes import CONVOLVE, DensePatch, convolution, padded
+from ._shapes import CONVOLVE, MatrixPatch, convolution, padded
 
 
 @forms.register("flora")
@@ -60,7 +60,7 @@ class FLoRA(Form):
         return FLoRAPatch(self, site)
 
 
-class FLoRAPatch(DensePatch):
+class FLoRAPatch(MatrixPatch):
     """The core G [p, q, l...], F0 [o, p], F1 [c, q] and a factor [k, l] for each dimension of a kernel."""
 
     form: FLoRA

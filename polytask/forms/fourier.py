@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import Form, Patch, forms
+from polytask.core.peft_files import check_peft
 from polytask.core.site import Site
 
-from ._shapes import DensePatch, check_peft
+from ._shapes import MatrixPatch
 
 
 @forms.register("fourier")
@@ -101,7 +102,7 @@ class Fourier(Form):
         return Site(path, "linear", "other", (0, len(tensors["spectrum"])), transposed=turned)
 
 
-class FourierPatch(DensePatch):
+class FourierPatch(MatrixPatch):
     """The n trained entries of the spectrum."""
 
     keys = {"spectrum": "fourierft_spectrum"}

@@ -14,9 +14,40 @@ from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.site import Site
 
 
+@dataclass(frozen=True)
+class Parameters(Form):
+    """What forms have in common that change a module's own parameters, wherever there are any.
+
+    Args:
+        parameters: ``"all"`` of a module's parameters, ``"weight"``, or ``"bias"`` only.
+    """
+
+    parameters: Literal["all", "weight", "bias"] = "all"
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
+    acts: ClassVar[str] = "weight"
+    default_lr: ClassVar[float] = 1e-4
+    tensor_names: ClassVar[dict[str, str]] = {"delta.weight": "weight", "delta.bias": "bias", "delta": "value"}
+
+    def __post_init__(self) -> None:
+        self.among("parameters", ("all", "weight", "bias"))
+
+    def among(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raises `ConfigError` for a setting that is not one of these."""
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"{type(self).__name__}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def refuses(self, site: Site) -> str:
+        reason = super().refuses(site)
+        if not reason and self.parameters == "bias" and not site.bias:
+            return f"site {site.name!r} has no bias"
+        return reason
+
+
 @forms.register("full")
 @dataclass(frozen=True)
-class Full(Form):
+class Full(Parameters):
     """A dense change of every parameter of a module: ``c(x) = f(x; W + dW) - f(x; W)``.
 
     Starts at zero. The base's weights stay where they are: the change is a tensor of its own, so several fully tuned
@@ -36,32 +67,17 @@ class Full(Form):
         ConfigError: a setting is out of range.
     """
 
-    parameters: Literal["all", "weight", "bias"] = "all"
     stored: Literal["delta", "value"] = "delta"
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
-    acts: ClassVar[str] = "weight"
-    default_lr: ClassVar[float] = 1e-4
     peft_type: ClassVar[str] = "POLYTASK_FULL"
     paper: ClassVar[str] = "fine-tuning"
-    tensor_names: ClassVar[dict[str, str]] = {"delta.weight": "weight", "delta.bias": "bias", "delta": "value"}
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("parameters", self.parameters, ("all", "weight", "bias")),
-            ("stored", self.stored, ("delta", "value")),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"Full: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        super().__post_init__()
+        self.among("stored", ("delta", "value"))
 
     def patch(self, site: Site) -> Patch:
         return FullPatch(self, site)
-
-    def refuses(self, site: Site) -> str:
-        reason = super().refuses(site)
-        if not reason and self.parameters == "bias" and not site.bias:
-            return f"site {site.name!r} has no bias"
-        return reason
 
 
 class DensePatch(Patch):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from polytask.core.errors import ConfigError
 from polytask.core.form import Form, Patch, forms
+from polytask.core.peft_files import check_peft, pattern, pattern_keys
 from polytask.core.site import Site
 
-from ._shapes import DensePatch, check_peft, pattern, pattern_keys
+from ._shapes import MatrixPatch
 
 
 @forms.register("loha")
@@ -119,7 +120,7 @@ def cored(form: Any, site: Site) -> bool:
     return form.effective and site.kind == "conv" and len(site.shape) <= 4 and math.prod(site.shape[2:]) > 1
 
 
-class LoHaPatch(DensePatch):
+class LoHaPatch(MatrixPatch):
     """w1a [o, r], w1b [r, i] and the same for w2; with cores w1a [r, o], w1b [r, c], t1 [r, r, k1, k2] and so for 2."""
 
     form: LoHa

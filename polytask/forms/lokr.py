@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
+from polytask.core.peft_files import check_peft, pattern, pattern_keys
 from polytask.core.site import Site
 
-from ._shapes import DensePatch, check_peft, pattern, pattern_keys
+from ._shapes import MatrixPatch
 from .loha import cored, kaiming, no_peft, tucker
 
 
@@ -138,7 +139,7 @@ def split(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-class LoKrPatch(DensePatch):
+class LoKrPatch(MatrixPatch):
     """w1 [a, c] or its factors; w2 [b, d, k...], its factors [b, r] and [r, d*k], or with a core [r, b], [r, d], t2."""
 
     form: LoKr

@@ -6,8 +6,6 @@ Shapes: B rows, T tokens, i = d_in, o = d_out, r rank, N adapters, R the ranks o
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.errors import AdapterError, ConfigError, listing
+from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import NO_CALL, Bank, Call, Form, Patch, Weights, forms, per_row
+from polytask.core.peft_files import check_peft, pattern, pattern_keys
 from polytask.core.site import Site
 
 if TYPE_CHECKING:
@@ -141,9 +140,7 @@ class LoRA(Form):
             value = form.scale * form.rank if classic else 2.0 * form.rank if form.alpha is None else form.alpha
             return int(value) if value == int(value) else value
 
-        # a pattern is matched against the end of a path, so one that is the end of another's says that it is the whole
-        ends = {path[match.end() :] for path in own for match in re.finditer(r"\.", path)}
-        keys = {path: f"^{path}" if path in ends else path for path in own}
+        keys = pattern_keys(own)
         return {
             "r": general.rank,
             "lora_alpha": alpha(general),
@@ -166,10 +163,10 @@ class LoRA(Form):
         """The form at one site of a PEFT adapter. Raises `AdapterError` for what plain LoRA cannot express."""
         if not path:
             _check_peft(config)
-        rank = _pattern(config.get("rank_pattern") or {}, path, config.get("r", 8))
+        rank = pattern(config.get("rank_pattern") or {}, path, config.get("r", 8))
         return cls(
             rank=int(rank),
-            alpha=_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8)),
+            alpha=pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8)),
             dropout=float(config.get("lora_dropout") or 0.0),
             scaling="rank-stabilised" if config.get("use_rslora") else "classic",
         )
@@ -205,46 +202,21 @@ _ELSE = {  # PEFT's settings that make it another function
     "monteclora_config": "MonteCLoRA", "layer_replication": "replicated layers",
     "trainable_token_indices": "trained tokens",
 }  # fmt: skip
-_PLAIN = {  # and those that do not matter once it is trained, or that are read elsewhere
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
-    "exclude_modules", "modules_to_save", "auto_mapping", "peft_version", "r", "lora_alpha", "lora_dropout",
-    "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "bias",
-    "layers_to_transform", "layers_pattern", "target_parameters", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "velora_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying",
-}  # fmt: skip
+_PLAIN = (  # and those that are read, or that do not matter once it is trained
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "megatron_config", "megatron_core",
+    "qalora_group_size",
+)  # fmt: skip
 
 
 def _check_peft(config: Mapping[str, Any]) -> None:
-    for key, why in _ELSE.items():
-        if config.get(key):
-            raise AdapterError(f"this PEFT adapter uses {why} ({key}), which the form 'lora' does not have")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f"this PEFT adapter also trained biases (bias={config['bias']!r}), which the form 'lora' does not have; "
-            "merge it with PEFT's merge_and_unload, or train it again with bias='none'"
-        )
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise AdapterError(
             f"this PEFT adapter was started with init_lora_weights={start!r}, which changes the base's own weights; "
             "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...): that is plain LoRA"
         )
-    unknown = sorted(key for key, value in config.items() if value and key not in _PLAIN and key not in _ELSE)
-    if unknown:
-        warnings.warn(
-            f"settings of this PEFT adapter that polytask does not know are ignored: {listing(unknown)}; if they "
-            "change what it computes, its outputs will differ",
-            stacklevel=2,
-        )
-
-
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: a pattern is a regular expression on the end of the module's path; the first that matches holds."""
-    for pattern, value in patterns.items():
-        if path and re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    check_peft(config, "lora", _PLAIN, _ELSE)
 
 
 class LoRABank(Bank):

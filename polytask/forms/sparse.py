@@ -14,7 +14,7 @@ from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import Form, Patch, forms
 from polytask.core.site import Site
 
-from .full import DensePatch
+from .full import DensePatch, Parameters
 from .importance import fisher, largest
 
 if TYPE_CHECKING:
@@ -71,31 +71,20 @@ class SparsePatch(DensePatch):
 
 
 @dataclass(frozen=True)
-class Sparse(Form):
+class Sparse(Parameters):
     """What sparse forms share."""
 
     density: float = 0.01
-    parameters: Literal["all", "weight", "bias"] = "all"
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
-    acts: ClassVar[str] = "weight"
     tensor_names: ClassVar[dict[str, str]] = {"sparse.at": "at", "sparse.values": "values"}
 
     def __post_init__(self) -> None:
-        what = type(self).__name__
+        super().__post_init__()
         if not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"{what}: density must be above 0 and at most 1, got {self.density!r}")
-        if self.parameters not in ("all", "weight", "bias"):
-            raise ConfigError(f"{what}: parameters must be one of all, weight, bias, got {self.parameters!r}")
+            raise ConfigError(f"{type(self).__name__}: density must be above 0 and at most 1, got {self.density!r}")
 
     def patch(self, site: Site) -> Patch:
         return SparsePatch(self, site)
-
-    def refuses(self, site: Site) -> str:
-        reason = super().refuses(site)
-        if not reason and self.parameters == "bias" and not site.bias:
-            return f"site {site.name!r} has no bias"
-        return reason
 
     def places(self, patch: SparsePatch, generator: torch.Generator) -> Tensor | None:
         """Where the values of a fresh patch are; None for everywhere."""

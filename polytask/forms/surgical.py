@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from polytask.core.errors import ConfigError
-from polytask.core.form import Form, Patch, forms
+from polytask.core.form import Patch, forms
 from polytask.core.site import Site
 
-from .full import FullPatch
+from .full import FullPatch, Parameters
 from .importance import fisher
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @forms.register("surgical")
 @dataclass(frozen=True)
-class Surgical(Form):
+class Surgical(Parameters):
     """Ordinary fine-tuning of the few layers that matter for a task: ``c(x) = f(x; W + dW) - f(x; W)`` there.
 
     When learning begins each layer (a block of the network; outside of blocks a single site) is scored by its parameters'
@@ -46,38 +46,23 @@ class Surgical(Form):
     keep: float = 0.5
     score: Literal["sum", "norm"] = "sum"
     samples: int = 100
-    parameters: Literal["all", "weight", "bias"] = "all"
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
-    acts: ClassVar[str] = "weight"
     begin_rows: ClassVar[int | None] = 1
-    default_lr: ClassVar[float] = 1e-4
     peft_type: ClassVar[str] = "POLYTASK_SURGICAL"
     paper: ClassVar[str] = "arXiv 2310.17041"
-    tensor_names: ClassVar[dict[str, str]] = {"delta.weight": "weight", "delta.bias": "bias", "delta": "value"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.among("score", ("sum", "norm"))
         if not (0.0 < self.keep < 1.0 or (self.keep >= 1 and self.keep == int(self.keep))):
             raise ConfigError(
                 f"Surgical: keep must be a fraction between 0 and 1, or a whole number of layers, got {self.keep!r}"
             )
         if self.samples < 1:
             raise ConfigError(f"Surgical: samples must be at least 1, got {self.samples!r}")
-        for name, value, allowed in (
-            ("score", self.score, ("sum", "norm")),
-            ("parameters", self.parameters, ("all", "weight", "bias")),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"Surgical: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def patch(self, site: Site) -> Patch:
         return FullPatch(self, site)
-
-    def refuses(self, site: Site) -> str:
-        reason = super().refuses(site)
-        if not reason and self.parameters == "bias" and not site.bias:
-            return f"site {site.name!r} has no bias"
-        return reason
 
     def begin(self, model: Model, adapter: Adapter, batches: Sequence[Callable[[], Tensor]]) -> None:
         scores = self.scores(model, adapter, batches)

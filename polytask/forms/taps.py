@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from polytask.core.errors import ConfigError
-from polytask.core.form import Form, Patch, forms
+from polytask.core.form import Patch, forms
 from polytask.core.site import Site
 
-from .full import FullPatch
+from .full import FullPatch, Parameters
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @forms.register("taps")
 @dataclass(frozen=True)
-class TAPS(Form):
+class TAPS(Parameters):
     """A layer's own change where its learned score is high enough: ``W' = W + 1[s >= threshold] dW``.
 
     Layers start active with a change of zero, so it starts as the base; a penalty on the scores turns off those whose
@@ -42,23 +42,17 @@ class TAPS(Form):
         ConfigError: a setting is out of range.
     """
 
-    parameters: Literal["all", "weight", "bias"] = "all"
     penalty_rate: float = 0.1
     threshold: float = 0.1
     start_at: float = 0.15
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "experts", "parameter")
-    acts: ClassVar[str] = "weight"
     default_lr: ClassVar[float] = 5e-4
     peft_type: ClassVar[str] = "POLYTASK_TAPS"
     paper: ClassVar[str] = "arXiv 2203.16708"
-    tensor_names: ClassVar[dict[str, str]] = {
-        "delta.weight": "weight", "delta.bias": "bias", "delta": "value", "taps.score": "score",
-    }  # fmt: skip
+    tensor_names: ClassVar[dict[str, str]] = {**Parameters.tensor_names, "taps.score": "score"}
 
     def __post_init__(self) -> None:
-        if self.parameters not in ("all", "weight", "bias"):
-            raise ConfigError(f"TAPS: parameters must be one of all, weight, bias, got {self.parameters!r}")
+        super().__post_init__()
         if self.penalty_rate < 0:
             raise ConfigError(f"TAPS: penalty_rate must not be negative, got {self.penalty_rate!r}")
         if not 0.0 <= self.threshold <= self.start_at:
@@ -69,12 +63,6 @@ class TAPS(Form):
 
     def patch(self, site: Site) -> Patch:
         return TAPSPatch(self, site)
-
-    def refuses(self, site: Site) -> str:
-        reason = super().refuses(site)
-        if not reason and self.parameters == "bias" and not site.bias:
-            return f"site {site.name!r} has no bias"
-        return reason
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         scores = [patch.score for patch in adapter.patches.values() if isinstance(patch, TAPSPatch)]

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Part, Patch, forms
+from polytask.core.peft_files import check_peft
 from polytask.core.site import Site
-
-from ._shapes import check_peft
 
 
 @forms.register("vera")

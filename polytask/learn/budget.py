@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import ConfigError, listing, nearest
+from polytask.core.errors import ConfigError
 from polytask.core.form import Form
 from polytask.core.registry import Registry
 from polytask.core.site import Site
@@ -57,22 +57,7 @@ class Budget:
     @classmethod
     def of(cls, spec: Budget | str | Mapping[str, Any]) -> Budget:
         """A budget from a budget, its name, or a mapping ``{"name": "adalora", "every": 10}``. Raises `ConfigError`."""
-        if isinstance(spec, Budget):
-            return spec
-        chosen = {"name": spec} if isinstance(spec, str) else dict(spec)
-        if "name" not in chosen:
-            raise ConfigError(f"a budget needs a name; there are: {listing(budgets)}")
-        kind = budgets[str(chosen.pop("name"))]
-        allowed = {f.name: f for f in fields(kind)}
-        for key in chosen:
-            if key not in allowed:
-                raise ConfigError(
-                    f"the budget {kind.name!r} has no setting {key!r}{nearest(key, allowed)}; it has: {listing(allowed)}"
-                )
-        lacking = [n for n, f in allowed.items() if n not in chosen and f.default is f.default_factory is MISSING]
-        if lacking:
-            raise ConfigError(f"the budget {kind.name!r} needs {listing(lacking)}")
-        return kind(**chosen)
+        return spec if isinstance(spec, Budget) else budgets.make(spec)
 
     def require(self, **rules: tuple[bool, str]) -> None:
         """Raises `ConfigError` for settings whose rule, (holds, what is allowed), does not hold."""

@@ -79,13 +79,9 @@ class GrowingPatch(GatedPatch):
         met["gradient"] = met["gradient"] + gradient if "gradient" in met else gradient
 
 
-@budgets.register("increlora")
 @dataclass(frozen=True)
-class IncreLoRA(Budget):
-    """Grows from one rank per site: in each round the sites whose change matters most to the loss get ``by`` ranks more.
-
-    A site's score is ``sum |dW * dL/d(dW)| / sqrt(size)``, smoothed as in AdaLoRA. Each site has a reserve of ``by`` ranks
-    whose directions learn before they count.
+class Growth(Budget):
+    """What budgets that grow have in common.
 
     Args:
         rounds: how many times ranks are given.
@@ -94,12 +90,6 @@ class IncreLoRA(Budget):
         warm: fraction of the steps before the first round.
         settle: fraction of the steps, at the end, in which the ranks stay.
         apart: weight of the penalty that keeps the directions orthogonal.
-
-    Reference: Zhang et al., IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning,
-    arXiv 2308.12043. Its code divides by the current rank, so outputs jump when ranks are added, and holds the reserve's
-    gates at 1e-5; here the scale is fixed, the reserve adds exactly nothing, new gates are zero, and a round gives what the
-    schedule (linear in the rounds) allows and never more. New ranks share the optimiser's step count, without a warm-up of
-    their own.
     """
 
     rounds: int = 10
@@ -108,8 +98,6 @@ class IncreLoRA(Budget):
     warm: float = 0.1
     settle: float = 0.4
     apart: float = 0.1
-
-    paper: ClassVar[str] = "arXiv 2308.12043"
 
     def __post_init__(self) -> None:
         self.require(
@@ -121,9 +109,33 @@ class IncreLoRA(Budget):
             apart=(number(self.apart, 0), "a number of at least 0"),
         )
 
+    def room(self, form: LoRA) -> tuple[int, int]:
+        """How many ranks a site has room for, and how many are given at once."""
+        return math.ceil(self.most * form.rank), self.by or max(1, form.rank // 2)
+
+
+@budgets.register("increlora")
+@dataclass(frozen=True)
+class IncreLoRA(Growth):
+    """Grows from one rank per site: in each round the sites whose change matters most to the loss get ``by`` ranks more.
+
+    A site's score is ``sum |dW * dL/d(dW)| / sqrt(size)``, smoothed as in AdaLoRA. Each site has a reserve of ``by`` ranks
+    whose directions learn before they count.
+
+    The settings are those of `Growth`.
+
+    Reference: Zhang et al., IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning,
+    arXiv 2308.12043. Its code divides by the current rank, so outputs jump when ranks are added, and holds the reserve's
+    gates at 1e-5; here the scale is fixed, the reserve adds exactly nothing, new gates are zero, and a round gives what the
+    schedule (linear in the rounds) allows and never more. New ranks share the optimiser's step count, without a warm-up of
+    their own.
+    """
+
+    paper: ClassVar[str] = "arXiv 2308.12043"
+
     def form(self, form: LoRA) -> LoRA:
-        reserve = self.by or max(1, form.rank // 2)
-        return Growing.around(self.takes(form), math.ceil(self.most * form.rank), 1, reserve=reserve, apart=self.apart)
+        rank, reserve = self.room(self.takes(form))
+        return Growing.around(form, rank, 1, reserve=reserve, apart=self.apart)
 
     def control(self, adapter: Adapter, steps: int, seed: int) -> Controller:
         return Grower(self, adapter, steps, seed)

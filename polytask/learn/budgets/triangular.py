@@ -13,8 +13,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.site import Site
 from polytask.forms.lora import LoRA
 
-from ..budget import Budget, Controller, Room, RoomPatch, budgets, number
-from .increlora import Rounds
+from ..budget import Controller, Room, RoomPatch, budgets
+from .increlora import Growth, Rounds
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CorePatch(RoomPatch):
 
 @budgets.register("triangular")
 @dataclass(frozen=True)
-class Triangular(Budget):
+class Triangular(Growth):
     """Grows ``B (L + U) A`` by borders of ``by`` ranks where the core's norm per block has grown most since the last round.
 
     The threshold says how many sites grow in a round: ``linear`` as many as the share of the run that is over, of the ranks
@@ -82,12 +82,8 @@ class Triangular(Budget):
 
     Args:
         threshold: ``linear``, ``exponential`` or ``constant``.
-        rounds: how many times ranks are given.
-        by: ranks given at once; half the average when None.
-        most: ranks that a site may have, over the average.
-        warm: fraction of the steps before the first round.
-        settle: fraction of the steps, at the end, in which the ranks stay.
-        apart: weight of the penalty that keeps the directions orthogonal.
+
+    The others are those of `Growth`.
 
     Reference: Liang et al., TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient
     Fine-Tuning, arXiv 2501.08008. The code that goes with it starts at B = L = U = 0, where every gradient is zero, divides
@@ -96,30 +92,17 @@ class Triangular(Budget):
     """
 
     threshold: Literal["linear", "exponential", "constant"] = "linear"
-    rounds: int = 10
-    by: int | None = None
-    most: float = 4.0
-    warm: float = 0.1
-    settle: float = 0.4
-    apart: float = 0.1
 
     paper: ClassVar[str] = "arXiv 2501.08008"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = ("linear", "exponential", "constant")
-        self.require(
-            threshold=(self.threshold in kinds, ", ".join(kinds)),
-            rounds=(number(self.rounds, 1, whole=True), "a whole number of at least 1"),
-            by=(self.by is None or number(self.by, 1, whole=True), "a whole number of at least 1"),
-            most=(number(self.most, 1), "a number of at least 1"),
-            warm=(number(self.warm, 0, 1), "a fraction"),
-            settle=(number(self.settle, 0, 1), "a fraction"),
-            apart=(number(self.apart, 0), "a number of at least 0"),
-        )
+        self.require(threshold=(self.threshold in kinds, ", ".join(kinds)))
 
     def form(self, form: LoRA) -> LoRA:
-        by = self.by or max(1, form.rank // 2)
-        return Core.around(self.takes(form), math.ceil(self.most * form.rank), 1, by=by, apart=self.apart)
+        rank, by = self.room(self.takes(form))
+        return Core.around(form, rank, 1, by=by, apart=self.apart)
 
     def control(self, adapter: Adapter, steps: int, seed: int) -> Controller:
         return Borders(self, adapter, steps, seed)
