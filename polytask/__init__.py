@@ -32,6 +32,7 @@ _WHERE = {
     "Stage": "core.recipe",
     "PolytaskError": "core.errors",
     "compare": "jobs",
+    "search": "jobs",
     "Score": "core.metrics",
     "transfer_prompt": "learn.transfer",
 }

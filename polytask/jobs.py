@@ -11,6 +11,7 @@ from polytask.core.errors import MemoryLimitError
 from polytask.core.model import Model
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
+from polytask.learn import search as _search
 from polytask.learn.learner import learn
 
 
@@ -101,3 +102,46 @@ def learn_each(
         say(f"learning {task.name} ({len(task.train)} examples)")
         made.append(learn(model, task, out=Path(out) / task.name, **options))
     return made
+
+
+class Search(_search.Search):
+    """What `search` found; see `polytask.learn.search.Search`."""
+
+    def to_png(self, path: str | Path) -> Path:
+        """Draws score against parameters, the front marked."""
+        from polytask.core.files import write, writing
+        from polytask.report.search import picture
+
+        with writing(Path(path)):
+            write(Path(path), picture(self.as_dict()))
+        return Path(path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``search.json``, ``pareto.png``, and a YAML file for each point of the front, ``points/NNN.yaml``."""
+        self.to_png(super().save(folder) / "pareto.png")
+        return Path(folder)
+
+
+def search(model: Model | str, task: Task | str | Path, *, out: str | Path | None = None, **options: Any) -> Search:
+    """Tries configurations of an adapter on a task: which score best for how few parameters.
+
+    Args:
+        model: the base, or what `Model.load` takes.
+        task: with a dev split.
+        out: folder for the trials, the results and the picture; repeating the call goes on from there.
+        options: of `polytask.learn.search.search`: space, trials, seed, startup, reference, say, and any setting of
+            `polytask.core.recipe.Schedule`.
+
+    Returns:
+        All ``.trials``, the ``.front`` of those that none beats (each with ``form`` and ``sites`` for `polytask.learn`), the
+        ``.hypervolume`` after each, ``.save(folder)``, ``.to_png(path)``.
+
+    Raises:
+        ConfigError: a wrong setting, or ``out`` has the trials of another search.
+        DataError: the task has no dev split to score on.
+        Interrupted: it was asked to stop; the trials that are done are in ``out``.
+    """
+    found = Search(**vars(_search.search(model, task, out=out, **options)))
+    if out is not None:
+        found.save(out)
+    return found

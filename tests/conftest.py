@@ -163,3 +163,43 @@ def same_state(before: dict, module: torch.nn.Module) -> bool:
     """Whether a module's tensors are bit for bit what they were."""
     now = module.state_dict()
     return before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in before)
+
+
+@pytest.fixture(scope="session")
+def clip_processor():
+    """Bytes between a start token (1) and an end token (258), and images of 16 by 16."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1} | {c: i + 2 for i, c in enumerate(alphabet)} | {"</s>": 258}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 258)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=96
+    )
+    size = {"height": 16, "width": 16}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    return transformers.CLIPProcessor(images, tokenizer)
+
+
+@pytest.fixture
+def clip(clip_processor):
+    """A tiny CLIP over bytes: text tower of width 32, image tower of width 48, a common space of 16."""
+    import transformers
+    from zoo import _jitter
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.CLIPConfig(
+            text_config={**size, "vocab_size": 259, "max_position_embeddings": 96, "pad_token_id": 0,
+                         "bos_token_id": 1, "eos_token_id": 258},
+            vision_config={**size, "hidden_size": 48, "image_size": 16, "patch_size": 4}, projection_dim=16,
+        )  # fmt: skip
+        module = transformers.CLIPModel(config).eval()
+        _jitter(module)
+    return pt.Model(module, clip_processor, name="tiny-clip")

@@ -432,3 +432,106 @@ def test_what_cannot_be_done_is_said(budget, form, message, encoder, task):
 def test_a_budget_needs_a_fresh_adapter(encoder, task):
     with pytest.raises(ConfigError, match="leave start or budget out"):
         pt.learn(encoder, task, form=FORM, budget="adalora", start=pt.Adapter.new(encoder, FORM), **QUICK)
+
+
+# --- PEFT's own AdaLoRA
+
+
+def by_peft(folder, network="bert", steps=12, alpha=6, **config):
+    """An AdaLoRA that PEFT trained and pruned; what PEFT computes with it in memory, and its folder."""
+    module, batch = tiny(network)
+    settings = {"target_r": 2, "init_r": 4, "tinit": 2, "tfinal": 3, "total_step": steps, "orth_reg_weight": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(module, peft.AdaLoraConfig(lora_alpha=alpha, **{**settings, **config}))
+        goal = torch.randn(output(module(**batch)).shape, generator=torch.Generator().manual_seed(3))
+        optimiser = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=2e-2)
+        for step in range(steps):
+            (output(wrapped(**batch)) - goal).square().mean().backward()
+            optimiser.step()
+            wrapped.base_model.update_and_allocate(step)
+            optimiser.zero_grad()
+        wrapped.base_model.update_and_allocate(steps)  # no gate has moved since the last pruning
+        wrapped.save_pretrained(str(folder))
+        wrapped.eval()
+        with torch.no_grad():
+            return output(wrapped(**batch)), batch
+
+
+@pytest.mark.parametrize(
+    ("network", "alpha", "targets"),
+    [("bert", 6, ["query", "value", "output.dense"]), ("bert", 0, ["query", "key"]), ("llama", 3, ["q_proj", "down_proj"]),
+     ("gpt2", 6, ["c_attn", "c_fc"])],
+)  # fmt: skip
+def test_peft_s_adalora_is_read_as_the_lora_that_it_computes(network, alpha, targets, tmp_path):
+    theirs, batch = by_peft(
+        tmp_path / "peft", network, alpha=alpha, target_modules=targets, fan_in_fan_out=network == "gpt2"
+    )
+    model = pt.Model(tiny(network)[0])
+    before = outputs(model, batch, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing in the file is unknown
+        adapter = pt.Adapter.load(tmp_path / "peft")
+    model.attach(adapter, "a")
+    torch.testing.assert_close(outputs(model, batch), theirs, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(theirs, before, atol=1e-3)
+    ranks = [patch.form.rank for patch in adapter.patches.values()]
+    stored = [
+        sum(pattern)
+        for pattern in json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rank_pattern"].values()
+    ]
+    assert sorted(ranks) == sorted(rank for rank in stored if rank) and len(set(stored)) > 1
+    assert all(patch.form.scale == pytest.approx((alpha or 4) / (4 + 1e-5)) for patch in adapter.patches.values())
+    # and on to PEFT's LoRA
+    adapter.save(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected).*")
+        wrapped = peft.PeftModel.from_pretrained(tiny(network)[0], str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(output(wrapped(**batch)), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_peft_pruned_away_has_no_patch(tmp_path):
+    theirs, batch = by_peft(tmp_path / "peft", target_r=1, target_modules=["query", "key", "value", "output.dense"])
+    patterns = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rank_pattern"]
+    gone = {name.removesuffix(".lora_E") for name, pattern in patterns.items() if not any(pattern)}
+    adapter = pt.Adapter.load(tmp_path / "peft")
+    assert gone and len(adapter.patches) == len(patterns) - len(gone) and not gone & set(adapter.patches)
+    model = pt.Model(tiny("bert")[0])
+    model.attach(adapter, "a")
+    torch.testing.assert_close(outputs(model, batch), theirs, atol=1e-5, rtol=1e-4)
+    adapter.save(tmp_path / "ours")
+    again = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["target_modules"]
+    assert not any(name.endswith(target) for name in gone for target in again)
+
+
+def test_adalora_files_that_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    by_peft(tmp_path / "a", target_modules=["query"])
+    file, config = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
+    whole, settings = load_file(file), json.loads(config.read_text())
+    save_file({name: t for name, t in whole.items() if not name.endswith("lora_B")}, file)
+    with pytest.raises(pt.PolytaskError, match="without lora_A and lora_B beside it"):
+        pt.Adapter.load(tmp_path / "a")
+    save_file({name: t * (not name.endswith("lora_E")) for name, t in whole.items()}, file)
+    with pytest.raises(pt.PolytaskError, match="no layer .* has a rank left"):
+        pt.Adapter.load(tmp_path / "a")
+    save_file(whole, file)
+    config.write_text(json.dumps({**settings, "init_r": None}))
+    with pytest.raises(pt.PolytaskError, match="init_r=None; its scale is not known"):
+        pt.Adapter.load(tmp_path / "a")
+
+
+def test_a_comparison_reports_the_ranks(encoder, tmp_path):
+    task = colours(48)
+    budgeted = pt.learn(encoder, task, form=FORM, budget="adalora", name="dealt", **QUICK)
+    plain = pt.learn(encoder, task, form=FORM, name="plain", **QUICK)
+    table = pt.compare(encoder, [budgeted, plain], [task], joint=False, cross=False, resamples=10)
+    (entry,) = table.as_dict()["ranks"]
+    held = budgeted.card.training["ranks"]
+    assert entry["adapter"] == "dealt" and entry["budget"] == "adalora" and entry["total"] == held["total"]
+    assert entry["history"] == held["history"] and entry["sites"] == held["sites"]
+    page = table.to_html(tmp_path / "report.html").read_text()
+    assert f"dealt\u201d: {held['total']} ranks dealt out by adalora" in page and "plain\u201d:" not in page

@@ -11,7 +11,7 @@ import yaml
 
 import polytask as pt
 
-COMMANDS = ("learn", "evaluate", "compare", "inspect", "tasks", "sites", "forms")
+COMMANDS = ("learn", "evaluate", "compare", "search", "inspect", "tasks", "sites", "forms")
 
 
 def test_learn_evaluate_compare_inspect(run, base, data, tmp_path):

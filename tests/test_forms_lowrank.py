@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.files import CARD, CONFIG, WEIGHTS
 from polytask.core.form import Call
 from polytask.forms.lokr import split
-from polytask.forms.tri import Growth
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 pytestmark = [
@@ -790,25 +791,40 @@ def test_tri_grows_without_a_change_of_what_it_computes(tmp_path: Path) -> None:
     assert again.hash == adapter.hash and again.patches[grown].form == patch.form
 
 
-@pytest.mark.parametrize("schedule", ["linear", "exponential"])
-def test_growth_gives_ranks_to_those_that_gained_until_the_target(schedule: Any) -> None:
-    net, batch = tiny("bert")
-    model = pt.Model(net)
-    adapter = pt.Adapter.new(model, pt.Tri(rank=2), "linear")
-    model.attach(adapter, "a")
-    growth = Growth(target=4, by=2, steps=100, schedule=schedule)
-    name = list(adapter.patches)[3]
+def test_vera_projects_an_input_once_for_the_sites_that_share_it() -> None:
+    module, batch = make("llama")
+    model = pt.Model(module)
+    adapter = pt.Adapter.new(model, pt.VeRA(rank=4))
     with torch.no_grad():
-        adapter.patches[name].L.mul_(5.0)
-    assert growth.look(adapter, 1) == [name]
-    for step in (25, 50, 75, 100, 125):
-        with model.using("a"):
-            before = run(net, batch)
-        growth.look(adapter, step)
-        model.rebind("a")
-        with model.using("a"):
-            torch.testing.assert_close(run(net, batch), before, **CLOSE)
-    totals = [sum(ranks.values()) for ranks in growth.ranks]
-    assert totals == sorted(totals) and totals[-1] >= 4 * len(adapter.patches) and totals[-1] == totals[-2]
-    with pytest.raises(ConfigError, match="schedule must be one of"):
-        Growth(schedule="sudden")  # type: ignore[arg-type]
+        for parameter in (p for patch in adapter.patches.values() for p in patch.parameters()):
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model.attach(adapter.trainable(), "a")
+    merged = adapter.merge_into(model).module(**batch).logits
+    shared = adapter.shared
+    counted = []
+    plain = torch.nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch, model.using("a"):
+        patch.setattr("polytask.forms.vera.F.linear", lambda x, w, *b: counted.append(w.shape) or plain(x, w, *b))
+        for context in (torch.no_grad(), torch.enable_grad()):
+            counted.clear()
+            with context:
+                assert torch.allclose(model.module(**batch).logits, merged, atol=1e-4)
+            projections = sum(shape[0] == 4 and shape[1] in (32, 64) for shape in counted)
+            # queries, keys and values have one, and so have gates and what they gate
+            assert projections == 2 * 4, counted
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        first = shared.project(x)
+        assert shared.project(x) is first
+        x += 1.0  # in place: what was kept is another tensor's
+        assert torch.equal(shared.project(x), plain(x, shared.A[:, :32])) and not torch.equal(first, shared.project(x))
+        shared.A += 1.0
+        assert torch.equal(shared.project(x), plain(x, shared.A[:, :32]))
+        shared.A -= 1.0
+    del x
+    gc.collect()
+    assert "_last" not in shared.__dict__
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    kept = weakref.ref(shared.project(x))  # nobody's graph needs it
+    assert kept() is None
+    copy.deepcopy(adapter)

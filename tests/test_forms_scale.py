@@ -353,6 +353,35 @@ def test_norms_hold_the_new_values_and_only_those_asked_for() -> None:
     assert {n.rsplit(":", 1)[-1] for n, _ in only.named_parameters()} == {"weight"} and only.size * 2 == fresh.size
 
 
+def test_a_norm_that_acts_alone_reads_its_own_values_as_they_are() -> None:
+    model, batch, adapter = new("llama", "norm")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) * 3.0)
+    model.attach(adapter, "a")
+    path, patch = next(iter(adapter.patches.items()))
+    norm = model.module.get_submodule(path)
+    with model.using("a"):
+        assert torch.equal(norm.weight, patch.weight)
+    with torch.no_grad(), model.using({"a": 0.5}):
+        assert torch.allclose(norm.weight, 0.5 * (norm._parameters["weight"] + patch.weight), atol=1e-6)
+
+
+def test_a_scale_near_one_is_not_rounded_away_in_a_narrow_type() -> None:
+    base, site = linear(8)
+    base = base.bfloat16()
+    patch = pt.IA3(side="output").patch(site).bound(base, site)
+    x = torch.randn(64, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = base(x)
+        for value, changes in ((1.0, False), (1.0 + 2**-8 * 0.99, True)):
+            patch.l.fill_(value)
+            assert bool((patch.around(base, x) != y).any()) == changes
+            wide = patch.around(base.float(), x.float())
+            assert torch.equal(wide, base(x.float()) * value) and wide.dtype == torch.float32
+            base.bfloat16()
+
+
 def test_bitfit_trains_every_bias_and_nothing_else() -> None:
     model, _, adapter = new("bert", "bitfit", "all")
     biases = {name for name, _ in model.module.named_parameters() if name.endswith(".bias")}

@@ -426,7 +426,8 @@ def test_starts_that_change_the_base(converted: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (peft.AdaLoraConfig(target_modules=["query"], total_step=10), "'ADALORA' is not known"),
+        (peft.RandLoraConfig(target_modules=["query"]), "'RANDLORA' is not known"),
+        (peft.AdaLoraConfig(target_modules=["query"], total_step=10), "ADALORA has a rank left"),
         (peft.LoraConfig(target_modules=["query"], bias="lora_only"), "trained biases.*'lora_only'"),
         (peft.LoraConfig(target_modules=["query"], lora_bias=True), "a bias in B"),
         (peft.LoraConfig(target_modules=["query"], trainable_token_indices=[1, 2]), "trained tokens"),

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from polytask import report
 from polytask.core.errors import DataError, StorageError
-from polytask.report import Comparison, headline, pictures, render
-from polytask.report.pictures import PAINT, fit, lines, width
+from polytask.report import Comparison, headline, pictures, ranks_words, render
+from polytask.report.pictures import PAINT, fit, lines, rank_rows, width
 
 TASKS: dict[str, tuple[list[str], str]] = {
     "helpdesk-intent": (
@@ -616,3 +616,104 @@ if __name__ == "__main__":  # python tests/test_report.py FOLDER: the pages them
         (folder / f"{label}.html").write_text(render(table), encoding="utf-8")
         print(label, round(time.perf_counter() - start, 2), "s")
         pictures(table, folder / label)
+
+
+# --- ranks of adapters under a budget
+
+
+def dealt(layers: int = 6, name: str = "question-type", steps: int = 400) -> dict[str, Any]:
+    """Ranks that moved towards the upper layers, with the same total at every step."""
+    roles = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    sites = [f"encoder.layer.{layer}.{role}" for layer in range(layers) for role in roles]
+    history = []
+    for column in range(17):
+        shift = round(8 * column / 16)
+        half = len(sites) // 2
+        history.append([steps * column // 16, *[8 - shift] * half, *[8 + shift] * (len(sites) - half)])
+    final = dict(zip(sites, history[-1][1:], strict=True))
+    return {"adapter": name, "budget": "adalora", "total": sum(final.values()), "sites": final, "history": history}
+
+
+def test_ranks_are_drawn_and_told() -> None:
+    table = fake() | {"ranks": [dealt()]}
+    page = render(table)
+    assert re.findall(r'<h2 id="([a-z]+)"', page)[3:6] == ["forgetting", "ranks", "tasks"]
+    words = (
+        "\u201cquestion-type\u201d: 192 ranks dealt out by adalora among 24 sites, from 0 to 16 at a site, most at "
+        "encoder.layer.3.attention.self.query, encoder.layer.3.attention.self.key and 10 more; 12 have none."
+    )
+    assert ranks_words(table["ranks"][0]) == words and page.count(words) == 2  # seen and read aloud
+    assert "0.attention.self.query" in page and "optimiser step" in page
+    assert ids_of(page) == len(set(re.findall(r'\bid="([^"]+)"', page)))
+    assert 'id="ranks"' not in render(fake()) and 'id="ranks"' not in render(fake() | {"ranks": []})
+    even = dealt()
+    even["sites"] = dict.fromkeys(even["sites"], 8)
+    assert ranks_words(even).endswith("among 24 sites, 8 at each.")
+
+
+def ids_of(page: str) -> int:
+    return len(re.findall(r'\bid="([^"]+)"', page))
+
+
+def test_rows_of_the_picture_are_sites_or_layers() -> None:
+    names, steps, values = rank_rows(dealt())
+    assert names[:2] == ["0.attention.self.query", "0.attention.self.key"] and len(names) == 24
+    assert steps[0] == 0 and steps[-1] == 400 and values[0] == [8 - round(i / 2) for i in range(17)]
+    names, _, values = rank_rows(dealt(layers=32))
+    assert names[0] == "layer 0, mean of 4" and len(names) == 32 and values[0][-1] == 0 and values[31][-1] == 16
+    assert rank_rows(ONE) == (["head"], [0, 5], [[1, 3]])
+
+
+def test_darker_is_more() -> None:
+    from polytask.report.pictures import ranks
+
+    (mesh,) = ranks(dealt()).axes[0].collections
+    tones = mesh.get_array().mean(-1)
+    assert tones.shape == (24, 17) and (tones[0, 1:] >= tones[0, :-1]).all() and tones[0, 0] < tones[0, -1]
+    assert (tones[-1, 1:] <= tones[-1, :-1]).all() and tones[-1, -1] == tones.min()
+
+
+ONE = {**dealt(), "sites": {"head": 3}, "history": [[0, 1], [5, 3]]}
+
+
+@pytest.mark.parametrize("entry", [dealt(), dealt(layers=40, steps=123_456), ONE], ids=["sites", "layers", "one"])
+def test_no_text_of_the_ranks_covers_another(entry: dict[str, Any]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from polytask.report.pictures import _style, ranks
+
+    figure = ranks(entry)
+    with _style():
+        FigureCanvasAgg(figure).draw()
+        boxes = [(t.get_text(), t.get_window_extent()) for t in [*figure.texts, *figure.axes[0].texts]]
+    assert len(boxes) > 4
+    for text, box in boxes:
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, text
+    assert not [
+        (a, b)
+        for i, (a, one) in enumerate(boxes)
+        for b, two in boxes[:i]
+        if min(one.x1, two.x1) - max(one.x0, two.x0) > 1 and min(one.y1, two.y1) - max(one.y0, two.y0) > 1
+    ]
+
+
+def test_pictures_of_ranks_are_few(tmp_path: Path) -> None:
+    table = fake() | {"ranks": [dealt(name=f"adapter {i}") for i in range(8)]}
+    written = [file.name for file in pictures(table, tmp_path) if file.name.startswith("ranks")]
+    assert written == [f"ranks-{i + 1}.png" for i in range(6)]
+    page = render(table)
+    assert page.count("dealt out by adalora") == 14  # six pictures, each with its words aloud; two sentences more
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sites": {}}, r"ranks\[0\] must have an 'adapter' and 'sites'"),
+        ({"history": []}, r"ranks\[0\]\.history must have rows of a step and 24 ranks"),
+        ({"history": [[0, 1]]}, "one for each site"),
+        ({"history": [[0, *["8"] * 24]]}, "has '8'; steps and ranks must be whole numbers"),
+    ],
+)
+def test_ranks_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        render(fake() | {"ranks": [dealt() | change]})

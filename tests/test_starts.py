@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import sys
 import time
 import types
@@ -19,8 +20,14 @@ from zoo import output, tiny
 import polytask as pt
 from polytask.core.errors import ConfigError
 from polytask.core.export import serving_problems
+from polytask.core.form import forms
+from polytask.core.head import head_for
+from polytask.core.recipe import Stage
+from polytask.forms import bayes
+from polytask.forms import starts as starts_room
 from polytask.forms.seen import Components, _dealt
-from polytask.forms.starts import excess, low_rank_svd, matrix_of, quantised, starts
+from polytask.forms.starts import excess, leading_values, low_rank_svd, matrix_of, quantised, starts
+from polytask.learn import learner
 
 FROM_WEIGHTS = ("pissa", "pissa:4", "olora", "orthogonal", "loftq", "loftq:2")
 FROM_DATA = ("corda", "corda:kpm", "eva", "eva:1", "lora-ga", "lora-ga:A2rBr", "lora-ga:ArBr")
@@ -220,6 +227,40 @@ def test_randomised_pissa_is_quick_and_close():
     assert excess(decaying, B @ A, 16) < 1e-3
 
 
+def test_the_error_of_a_randomised_start_is_measured(encoder, task):
+    options = {"epochs": 1, "batch_size": 4, "progress": False, "precision": "fp32"}
+    found = {}
+    for init in ("pissa:1", "pissa:8", "pissa", "zero-B"):
+        adapter = pt.learn(encoder, task, form=pt.LoRA(rank=4, init=init), **options)
+        found[init] = adapter.card.training.get("measured")
+    assert found["pissa"] is None and found["zero-B"] is None
+    few, many = (found[f"pissa:{n}"]["excess error of the randomised SVD"] for n in (1, 8))
+    assert few > many >= 0 and few < 0.1
+    by_site = found["pissa:1"]["excess error by site"]
+    assert set(by_site) == set(adapter.patches) and max(by_site.values()) == few
+    weight = encoder.module.get_submodule("encoder.layer.0.attention.self.query").weight.detach()
+    first = pt.Adapter.new(encoder, pt.LoRA(rank=4, init="pissa:1"))
+    patch = first.patches["encoder.layer.0.attention.self.query"]
+    expected = (weight - product(patch)).norm() / torch.linalg.svdvals(weight)[4:].norm() - 1
+    assert by_site["encoder.layer.0.attention.self.query"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_command_line_prints_the_error_of_a_randomised_start(run, base, data, tmp_path):
+    code, out, err = run(
+        "learn", data / "one", "--base", base, "--form", "lora:rank=2,init=pissa:2", "--epochs", 1, "--out", tmp_path
+    )
+    assert code == 0 and re.search(r"excess error of the randomised SVD: \d", out) and "by site" not in out, err
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_leading_values_are_those_of_the_full_svd(shape, monkeypatch):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    S = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(leading_values(matrix, 6), S[:6])
+    monkeypatch.setattr(starts_room, "EXACT", 4)  # a large one
+    torch.testing.assert_close(leading_values(matrix, 6), S[:6], atol=1e-6, rtol=1e-6)
+
+
 def test_subspace_iteration_finds_an_exact_low_rank_matrix():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(30, 5, generator=generator) @ torch.randn(5, 20, generator=generator)
@@ -248,7 +289,7 @@ def test_hand_examples():
     torch.testing.assert_close(B @ A, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
     weight, seen = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([10.0, 1.0]))
     for mode, kept in (("ipm", [1.0, 0.0]), ("kpm", [0.0, 2.0])):
-        A, B = starts["corda"].make(weight, 1, torch.Generator(), seen, mode)
+        A, B = starts["corda"].make(weight, 1, torch.Generator(), weight @ seen, mode)
         torch.testing.assert_close(B @ A, torch.diag(torch.tensor(kept)))
 
 
@@ -257,22 +298,22 @@ def test_corda_is_optimal_for_its_inputs_and_pissa_without_any(shape):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(shape, generator=generator), torch.randn(99, shape[1], generator=generator)
     seen = (x.T @ x / 99).double() + 0.01 * torch.eye(shape[1])
-    make = starts["corda"].make
-    S = torch.linalg.svdvals(weight.double() @ seen)
-    A, B = make(weight, 4, generator, seen, "ipm")
+    make, product = starts["corda"].make, weight.double() @ seen
+    S = torch.linalg.svdvals(product)
+    A, B = make(weight, 4, generator, product, "ipm")
     error = ((weight.double() - (B @ A).double()) @ seen).norm()
     torch.testing.assert_close(error, S[4:].square().sum().sqrt(), **CLOSE)
-    A2, B2 = make(weight, 4, generator, 9.0 * seen, "ipm")
+    A2, B2 = make(weight, 4, generator, 9.0 * product, "ipm")
     torch.testing.assert_close(B2 @ A2, B @ A, **CLOSE)
     torch.testing.assert_close(B2.norm() / B.norm(), torch.tensor(3.0), **CLOSE)
     most = min(shape)
-    A, B = make(weight, most, generator, seen, "kpm")
+    A, B = make(weight, most, generator, product, "kpm")
     torch.testing.assert_close(B @ A, weight, **CLOSE)
-    A, B = make(weight, 3, generator, seen, "kpm")
+    A, B = make(weight, 3, generator, product, "kpm")
     torch.testing.assert_close(
         ((B @ A).double() @ seen).norm(), S[-3:].square().sum().sqrt(), **CLOSE
     )  # what it takes from the base is what these inputs use least
-    A, B = make(weight, 4, generator, torch.eye(shape[1]).double(), "ipm")
+    A, B = make(weight, 4, generator, weight.double(), "ipm")
     A2, B2 = starts["pissa"].make(weight, 4, generator, None, 0)
     torch.testing.assert_close(B @ A, B2 @ A2, **CLOSE)
 
@@ -488,6 +529,29 @@ def test_learning_from_a_start(init, encoder, task, tmp_path):
             assert torch.equal(patch.A0, adapter.patches[name].A0)
 
 
+OTHERS = [name for name in forms if "tasks" not in {f.name for f in dataclasses.fields(forms[name])}]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_form_starts_from_a_folder(name, encoder, tmp_path):
+    """What was saved is bit for bit where learning goes on, with a head for the new task beside the old one's."""
+    kind = forms[name]
+    try:
+        large = pt.Adapter.new(encoder, kind(), seed=3, name="large")
+    except pt.PolytaskError:  # it acts at no site of a BERT
+        return
+    move(large)
+    large.heads["large"] = head_for(encoder, colours(24, "large"), 0)
+    large.save(tmp_path / "large")
+    task, stage = colours(24), Stage.of({"form": {"name": name}})
+    small, fresh = learner._fresh(encoder, [task], kind(), None, stage, "small", tmp_path / "large")
+    assert set(small.parts) == set(large.parts)
+    for site, part in large.parts.items():
+        kept = small.parts[site].stored()
+        assert all(torch.equal(kept[key], value) for key, value in part.stored().items())
+    assert set(small.heads) == {"large", "colours"} and fresh == {"colours"} and small.card.parents == [large.hash]
+
+
 @pytest.mark.parametrize("form", [pt.LoRA(rank=4), pt.LoRA(rank=4, init="pissa"), "full"])
 def test_a_pretrained_adapter_is_a_start(form, encoder, task, tmp_path):
     """PVP (arXiv 2304.13639): modules that learned on a larger set, a fresh head, the same backbone."""
@@ -575,3 +639,97 @@ def test_starts_from_data_are_quick_on_minilm(init):
         form.begin(model, adapter, [lambda at=at: loss(at) for at in range(0, 256, 16)])
     # on a busy machine the time that it waits does not count, on many cores that of the others
     assert min(time.perf_counter() - began, time.process_time() - busy) < 10
+
+
+# --- BayesPrompt, a start of prompts
+
+
+def gaussian(mean, deviation=1.0):
+    d = len(mean)
+    return bayes.Mixture(torch.ones(1), torch.tensor(mean)[None], torch.eye(d)[None] / deviation)
+
+
+def test_particles_tend_to_the_mean_and_keep_apart():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * 0.2 - 2.0
+    mu = [1.0, -1.0, 3.0]
+    moved = bayes.steer(x, gaussian(mu), steps=1500, size=0.02)
+    torch.testing.assert_close(moved.mean(0), torch.tensor(mu), atol=0.1, rtol=0.0)
+    assert moved.std(0).min() > 0.4 > 2 * float(x.std(0).max()) - 0.1  # spread out, not all at the mode
+
+
+def test_a_single_particle_rises_to_the_mode():
+    towards = bayes.direction(torch.zeros(1, 1), gaussian([3.0]).score(torch.zeros(1, 1)))
+    assert float(towards) == 3.0  # N(3, 1) at 0; no kernel pushes one particle
+    risen = bayes.steer(torch.zeros(1, 1), gaussian([3.0]), steps=1000, size=0.02)
+    assert float(risen) == pytest.approx(3.0, abs=0.05)
+    equal = bayes.direction(torch.zeros(5, 2), gaussian([1.0, 0.0]).score(torch.zeros(5, 2)))
+    torch.testing.assert_close(equal, torch.tensor([[1.0, 0.0]]).expand(5, 2))  # the median of their distances is zero
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_score_is_the_gradient_of_the_log_density(diagonal):
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.rand(3, 4, generator=generator) + 0.5
+    if not diagonal:
+        roots = torch.diag_embed(roots) + torch.randn(3, 4, 4, generator=generator).triu(1) * 0.3
+    mixture = bayes.Mixture(torch.tensor([0.2, 0.5, 0.3]), torch.randn(3, 4, generator=generator), roots)
+    x = torch.randn(6, 4, generator=generator).requires_grad_()
+    whole = torch.diag_embed(roots) if diagonal else roots
+    parts = [
+        torch.distributions.MultivariateNormal(mean, precision_matrix=root @ root.T).log_prob(x) + weight.log()
+        for weight, mean, root in zip(mixture.weights, mixture.means, whole, strict=True)
+    ]
+    torch.stack(parts).logsumexp(0).sum().backward()
+    torch.testing.assert_close(mixture.score(x.detach()), x.grad, atol=1e-4, rtol=1e-4)
+    assert mixture.score(1e4 * x.detach()).isfinite().all()  # densities of zero
+
+
+def test_the_mixture_finds_what_the_examples_were_drawn_from():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(200, 3, generator=generator) * 0.5 + mean for mean in (-4.0, 4.0)])
+    mixture = bayes.Mixture.fit(x, 2, seed=0)
+    assert sorted(mixture.means.mean(1).tolist()) == pytest.approx([-4.0, 4.0], abs=0.15)
+    variances = torch.linalg.inv(mixture.roots @ mixture.roots.mT).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(variances, torch.full((2, 3), 0.25 + 0.1), atol=0.1, rtol=0.0)
+    prompts = bayes.drawn(x, 10, 2, seed=3)
+    assert torch.equal(prompts, bayes.drawn(x, 10, 2, seed=3)) and not torch.equal(
+        prompts, bayes.drawn(x, 10, 2, seed=4)
+    )
+    near = (prompts.mean(1).abs() - 4).abs()
+    assert near.max() < 2 and (prompts.mean(1) > 0).any() and (prompts.mean(1) < 0).any()
+    assert bayes.drawn(x, 100, 2, seed=3).unique(dim=0).shape[0] == 100
+    assert bayes.drawn(x[:3], 5, 2, seed=3).shape == (5, 3)
+
+
+@pytest.mark.parametrize("network", ["encoder", "decoder", "seq2seq"])
+def test_a_prompt_starts_from_the_task_s_examples(network, request, task, monkeypatch):
+    model = request.getfixturevalue(network)
+    seen = []
+    drawn = bayes.drawn
+    monkeypatch.setattr(bayes, "drawn", lambda x, *rest: seen.append((x, rest)) or drawn(x, *rest))
+    options = {
+        "epochs": 1,
+        "batch_size": 4,
+        "progress": False,
+        "precision": "fp32",
+        "lr": 1e-30,
+        "schedule": "constant",
+    }
+    first = pt.learn(model, task, form=pt.Prompt(length=3, init="bayes"), **options)
+    (features, (length, components, seed)) = seen[0]
+    assert features.shape == (len(task.train), 32) and (length, components) == (3, 2)
+    P = next(iter(first.patches.values())).P
+    torch.testing.assert_close(P, drawn(features, length, components, seed))
+    again = pt.learn(model, task, form=pt.Prompt(length=3, init="bayes"), **options)
+    other = pt.learn(model, task, form=pt.Prompt(length=3, init="bayes"), seed=1, **options)
+    assert again.hash == first.hash and not torch.equal(P, next(iter(other.patches.values())).P)
+    if network == "encoder":  # the mean of the words' own vectors, without padding
+        table = model.module.get_input_embeddings()
+        rows = {tuple(model.processor(e.inputs[0])["input_ids"]) for e in task.train}
+        means = torch.stack([table(torch.tensor(ids)).mean(0) for ids in rows])
+        assert torch.cdist(features, means).amin(1).max() < 1e-5
+
+
+def test_bayes_settings_that_are_refused():
+    with pytest.raises(ConfigError, match="components must be a whole number of at least 1, got 0"):
+        pt.Prompt(init="bayes", components=0)

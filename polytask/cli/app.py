@@ -143,7 +143,14 @@ def learn(
             f"{adapter.name}: {scores}; {training['steps']} steps in {training['seconds']} s, {training['precision']} "
             f"({training['precision_because']}); saved in {Path(out) / adapter.name}"
         )
+        lines += _measured(training)
     _show(records, as_json, "\n".join(lines))
+
+
+def _measured(training: dict[str, Any]) -> list[str]:
+    """What was measured of an adapter; what there is of each site stays in its card."""
+    found = training.get("measured") or {}
+    return [f"  {name}: {value}" for name, value in found.items() if not isinstance(value, dict)]
 
 
 @app.command()
@@ -235,6 +242,53 @@ def compare(
 
 
 @app.command()
+@configurable(Schedule)
+def search(
+    task: Annotated[str, typer.Argument(help="A task's file or folder, with a dev split.", show_default=False)] = "",
+    base: Base = "minilm",
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for the trials and results; an interrupted search goes on from there.")
+    ] = "search",
+    space: Annotated[
+        str, typer.Option("--space", help="What is chosen from: autopeft, or a YAML file with forms, sites, layers.")
+    ] = "autopeft",
+    trials: Annotated[int, typer.Option("--trials", help="Different configurations to learn.", min=1)] = 32,
+    startup: Annotated[int, typer.Option("--startup", help="Of these, drawn at random at first.", min=1)] = 8,
+    seed: Seed = 0,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Search forms, sites and sizes for one task: which score best on dev for how few parameters.
+
+    Writes search.json, pareto.png, and points/NNN.yaml for each configuration that no other beats; such a file is learned
+    on any task with: polytask learn TASK --config OUT/points/NNN.yaml
+
+    Example: polytask search examples/tasks/commit-type --base minilm --trials 16 --epochs 2 --out search
+    """
+    from polytask.core.task import read_tasks
+    from polytask.jobs import search as run
+
+    schedule = Schedule.of(settings, "search")
+    given = {
+        name: getattr(schedule, name)
+        for name in schedule.model_fields
+        if getattr(schedule, name) != Schedule.model_fields[name].default
+    }
+    _writable(out)
+    source = _need(task, "the task")
+    chosen = read_tasks(source, skip_bad_rows=skip_bad_rows)
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{source} holds {len(chosen)} tasks ({', '.join(t.name for t in chosen)}); a search is for one, so choose one"
+        )
+    _notes(chosen)
+    options = {"space": space, "trials": trials, "startup": startup, "seed": seed, "source": source, **given}
+    found = run(base, chosen[0], out=out, say=_say, **options)
+    _show(found.as_dict(), as_json, f"{found}\n\npicture: {Path(out) / 'pareto.png'}; recipes: {Path(out) / 'points'}")
+
+
+@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder or hub name of an adapter.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name.")] = None,
@@ -274,6 +328,7 @@ def _inspected(adapter: Adapter, problems: list[str]) -> str:
         if k in card.training
     }
     lines += [f"training: {training}"] if training else []
+    lines += _measured(card.training)
     if held := card.training.get("ranks"):
         each = held["sites"].values()
         lines.append(f"ranks: {held['total']} by {held['budget']['name']}, from {min(each)} to {max(each)} at a site")

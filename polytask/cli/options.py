@@ -98,7 +98,7 @@ def _with_file(
         if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
             continue
         kind = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-        if name in ("form", "budget") and isinstance(value, dict):
+        if name in ("form", "budget", "space") and isinstance(value, dict):
             merged[name] = value
             continue
         try:
@@ -121,14 +121,14 @@ def _spelled(parameter: inspect.Parameter) -> str:
 
 
 def form_of(text: str | dict[str, Any], flag: str = "--form") -> dict[str, Any]:
-    """``lora`` or ``lora:rank=8,alpha=16`` (or the mapping of a YAML file) as a mapping."""
+    """``lora``, ``lora:rank=8,alpha=16`` or ``mpt:tasks=[mood,topic]`` (or the mapping of a YAML file) as a mapping."""
     if isinstance(text, dict):
         return text
     import yaml
 
     name, _, rest = text.partition(":")
     chosen: dict[str, Any] = {"name": name}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
+    for part in filter(None, (p.strip() for p in re.split(r",(?![^\[]*\])", rest))):  # [a, b] is one value
         key, sign, value = part.partition("=")
         if not sign:
             raise ConfigError(f"{flag} {text!r}: {part!r} is no setting; write name=value, as in lora:rank=8,alpha=16")

@@ -113,7 +113,7 @@ class Adapter:
         Raises:
             SiteError: nothing matches, or nothing that the form can act at.
         """
-        chosen = Form.of(form)
+        chosen = Form.of(form).fitted(model)
         picked = model.select(chosen.default_sites if sites is None else sites)
         fit = [site for site in picked if not chosen.refuses(site)]
         if not fit:

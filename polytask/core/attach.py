@@ -135,12 +135,12 @@ class Slot:
         if name in self.patches:
             self.take(name)
         self.patches[name] = patch.bound(self.module, self.site)
-        self._prefers += patch.form.acts == "weight"
+        self._prefers += patch.acts == "weight"
         self._changed()
 
     def take(self, name: str) -> None:
         """Removes an adapter's patch."""
-        self._prefers -= self.patches.pop(name).form.acts == "weight"
+        self._prefers -= self.patches.pop(name).acts == "weight"
         self._changed()
 
     def _changed(self) -> None:
@@ -191,16 +191,16 @@ class Slot:
         if not self._prefers:
             return False
         fixed = mix.fixed(self.site, self.names)
-        return fixed is not None and all(self.patches[n].form.acts == "weight" for n, w in fixed.items() if w)
+        return fixed is not None and all(self.patches[n].acts == "weight" for n, w in fixed.items() if w)
 
     def alone(self) -> Patch | None:
-        """The patch that acts here with weight 1 and no other beside it, where its form acts around the module."""
+        """The patch that acts here with weight 1 and no other beside it, where it acts around the module."""
         mix = self.hub.mix
         if mix is None or self.site.read == "weight":
             return None
         fixed = mix.fixed(self.site, self.names)
         active = [(n, w) for n, w in fixed.items() if w] if fixed is not None else []
-        if len(active) != 1 or active[0][1] != 1.0 or self.patches[active[0][0]].form.acts != "around":
+        if len(active) != 1 or active[0][1] != 1.0 or self.patches[active[0][0]].acts != "around":
             return None
         if not torch.compiler.is_compiling() and self.hub.unreached:
             self.hub.unreached.discard(self.site.name)
@@ -245,6 +245,8 @@ class Slot:
         return [(self.patches[n], w) for n, w in fixed.items() if w]
 
     def _sum(self, name: str, stored: Tensor, active: list[tuple[Patch, float]]) -> Tensor:
+        if len(active) == 1 and active[0][1] == 1.0 and (own := active[0][0].instead(name)) is not None:
+            return own.to(stored.dtype)
         changed = stored
         for patch, weight in active:
             deltas = patch.deltas()
@@ -421,7 +423,7 @@ def refresh(module: nn.Module, hub: Hub | None) -> None:
     called = own is not None and own.site.read == "call"
     where = own.site.kind if own is not None and own.site.kind in ("attention", "input") else "output" if called else ""
     called = where == "output"
-    if called and own is not None and any(patch.form.acts == "around" for patch in own.patches.values()):
+    if called and own is not None and any(patch.acts == "around" for patch in own.patches.values()):
         where = "around"
     kind = swapped(cls, reads, where, hub is not None)  # type: ignore[arg-type]  # classes can be hashed
     module.__class__ = kind

@@ -34,6 +34,10 @@ class MixError(PolytaskError):
     """Weights over adapters that cannot be applied: an unknown name, a wrong number of rows."""
 
 
+class MergeError(PolytaskError):
+    """Models or adapters that cannot be merged: other names or shapes, a damaged file, a missing base."""
+
+
 class LearnError(PolytaskError):
     """Training that had to stop: a NaN loss, or not enough memory."""
 

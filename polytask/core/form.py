@@ -6,6 +6,7 @@ Shapes: B rows of the batch, T tokens, i = d_in, o = d_out, N adapters, k adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -17,11 +18,37 @@ from .registry import Registry
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .head import Seen
     from .model import Model
     from .site import Site
     from .tokens import Heads
 
 ALIGNED = 64  # bytes: where PyTorch puts the tensors that it makes on a CPU
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Other:
+    """What a dual model knows of the other side, for patches that look at both images and texts.
+
+    Attributes:
+        texts: the base's own vectors of the class texts: of a text its class's, [R, d]; of images all of them, [1, C, d].
+        images: the vector of the image that a text is made for, [R, d]; None at the image tower, and where no form asks.
+        patches: the last hidden states of that image's patches, [R, n, w]; at the image tower's end of each image, [B, n, w].
+        about: the base's own vector of the description of a text's class, [R, d].
+    """
+
+    texts: Tensor | None = None
+    images: Tensor | None = None
+    patches: Tensor | None = None
+    about: Tensor | None = None
+
+    def take(self, index: Tensor) -> Other:
+        """The same for the rows in ``index``."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[index]
+
+        return Other(some(self.texts), some(self.images), some(self.patches), some(self.about))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +62,7 @@ class Call:
         step: the optimiser step, or None outside training.
         heads: what an attention works on, for patches at sites of kind ``attention``; None elsewhere.
         past: tokens of the text that are in a cache already, for patches at the input.
+        other: what a dual model knows of the other side; None elsewhere.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -43,6 +71,7 @@ class Call:
     step: int | None = None
     heads: Heads | None = None
     past: int = 0
+    other: Other | None = None
 
     def spread(self) -> Call:
         """The same call with the one task that all rows have written out for each."""
@@ -65,6 +94,7 @@ class Call:
             step=self.step,
             heads=heads,
             past=self.past,
+            other=None if self.other is None else self.other.take(index),
         )
 
 
@@ -281,6 +311,11 @@ class Patch(Part):
         super().__init__(form)
         self.site = site
 
+    @property
+    def acts(self) -> str:
+        """How it acts at its site: as its form says, where it does not say otherwise."""
+        return str(self.form.acts)
+
     def start(self, generator: torch.Generator) -> None:
         """Sets fresh values; ``base`` and ``shared`` are there already.
 
@@ -323,6 +358,13 @@ class Patch(Part):
         delta = self.delta()
         return None if delta is None else {self.site.param or "weight": delta}
 
+    def instead(self, name: str) -> Tensor | None:
+        """What stands in place of the module's parameter ``name`` where the patch acts alone with weight 1.
+
+        Only asked of a patch that has `deltas`; None where it holds changes, not values.
+        """
+        return None
+
     def bound(self, base: nn.Module, site: Site) -> Self:
         """A view of this patch (the same parameter objects) that acts on ``base``, the module of ``site``."""
         view = object.__new__(type(self))
@@ -364,6 +406,10 @@ class Form:
         peft_type: the ``peft_type`` written into files: PEFT's own where PEFT has the form.
         default_lr: the peak learning rate that suits it with AdamW.
         paper: the reference shown by ``polytask forms``.
+        template: how this form writes a class's name, where a dual model reads it: ``"{}."`` for forms that learn the
+            context; the task's own way when empty.
+        wants: what this form's patches look at of a dual model's other side, any of ``"texts"``, ``"images"`` (a text is then
+            encoded for each image) and ``"about"``; see `Other`.
         begin_rows: how many examples each batch of ``begin`` has; as many as a step's when None.
         exceptions: checks of the forms' contract suite that do not hold for it, each with the reason.
     """
@@ -379,6 +425,12 @@ class Form:
     paper: ClassVar[str] = ""
     exceptions: ClassVar[Mapping[str, str]] = {}
     begin_rows: ClassVar[int | None] = None
+    template: ClassVar[str] = ""
+    wants: ClassVar[tuple[str, ...]] = ()
+
+    def fitted(self, model: Model) -> Form:
+        """This form with the settings that it reads off a base when nobody says them (widths, for instance)."""
+        return self
 
     def patch(self, site: Site) -> Patch:
         """An empty patch for ``site``; its values come from ``start`` or ``load``."""
@@ -403,6 +455,32 @@ class Form:
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """What is added to the loss of each step while an adapter of this form learns, a number; None for nothing."""
         return None
+
+    def averages(self, epochs: int) -> tuple[float, ...] | None:
+        """The weights of the ends of the epochs whose average is what is learned; None where the last or best state is."""
+        return None
+
+    def loss(self, seen: Seen, values: Tensor) -> Tensor:
+        """Each row's loss while an adapter of this form learns, [B], from the ``values`` [B] that the objective gave.
+
+        Forms that learn from more than the answer add to them: agreement with the base or with a teacher, for instance.
+        """
+        return values
+
+    def beside(self, model: Model, adapter: Adapter) -> AbstractContextManager[None]:
+        """What is there while an adapter of this form learns, such as adapters that it learns from, attached as well."""
+        return nullcontext()
+
+    def rate(self, name: str) -> float:
+        """The learning rate of the parameters called ``name`` over the adapter's."""
+        return 1.0
+
+    def stepped(self, adapter: Adapter) -> None:
+        """Called by `polytask.learn` after each step of the optimiser, on an adapter that learns."""
+
+    def measured(self, model: Model, adapter: Adapter) -> dict[str, Any]:
+        """What is found out about an adapter that has learned, by name: kept in its card and printed. Before `finish`."""
+        return {}
 
     def refuses(self, site: Site) -> str:
         """Why this form cannot act at ``site``, or the empty string."""
@@ -451,6 +529,13 @@ class Form:
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Whether an ``adapter_config.json`` of PEFT's is of this form, where several have one ``peft_type``."""
         return config.get("peft_type") == cls.peft_type
+
+    @classmethod
+    def translated(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        """A file of PEFT's in the form's own spelling, where PEFT has several for what is one function here."""
+        return config, tensors
 
     def unlike_peft(self, patch: Patch) -> str:
         """Why PEFT could not apply a patch of an adapter of this form as we do, or the empty string."""

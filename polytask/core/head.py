@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import AdapterError, DataError, ModelError, listing
+from .errors import AdapterError, ConfigError, DataError, ModelError, listing
 from .model import Model
 from .task import Example, Task
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .dual import Pairs
+    from .form import Form
 
 LONGEST = 512  # tokens of a text that are read when neither the caller nor the model says less
 
@@ -52,19 +57,65 @@ class Row:
         return max(1, len(self.sequences))
 
 
-Out = Tensor | tuple[Tensor, Tensor]
+Out: TypeAlias = "Tensor | tuple[Tensor, Tensor] | Pairs"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What one forward of a training step has seen of one adapter and one task.
+
+    Attributes:
+        model: the base. Nothing acts any more; ``model.using(name)`` lets the adapter act again.
+        name: what the adapter is attached as.
+        adapter: what learns.
+        task: the rows' task, which the adapter has the head of.
+        rows: the examples.
+        out: what the base computed for the head's trunk.
+    """
+
+    model: Model
+    name: str
+    adapter: Adapter
+    task: str
+    rows: Sequence[Row]
+    out: Out
+
+    @property
+    def head(self) -> Head:
+        """Of the rows' task."""
+        return self.adapter.heads[self.task]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """The tensors of the rows, for another forward of the same."""
+        return collate(self.model, self.head, self.rows)
 
 
 class Head(nn.Module):
     """The contract of a head.
 
     Attributes:
-        trunk: ``"features"`` (the base gives [S, d]) or ``"likelihood"`` (it gives the negative log-likelihood and the
-            number of the scored tokens of each sequence).
+        trunk: ``"features"`` (the base gives [S, d]), ``"likelihood"`` (it gives the negative log-likelihood and the
+            number of the scored tokens of each sequence) or ``"similarity"`` (a dual model gives images and class texts).
+        lr_factor: its learning rate over the adapter's, where nobody says more.
     """
 
     name: ClassVar[str] = ""
-    trunk: ClassVar[Literal["features", "likelihood"]] = "features"
+    trunk: ClassVar[Literal["features", "likelihood", "similarity"]] = "features"
+    lr_factor: ClassVar[float] = 1.0
+
+    @property
+    def group(self) -> str:
+        """Heads with the same one share a forward."""
+        return self.trunk
+
+    def collate(self, model: Model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch's tensors with those that the head itself brings."""
+        return batch
+
+    def run(self, model: Model, batch: Mapping[str, Tensor]) -> Out:
+        """What the base computes for this head."""
+        return model.features(batch) if self.trunk == "features" else model.likelihood(batch)
 
     def settings(self) -> dict[str, Any]:
         """What ``Head.of`` needs to build an empty head of the same kind."""
@@ -73,12 +124,14 @@ class Head(nn.Module):
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Head:
         """An empty head from its settings."""
+        from .dual import DecoupledHead, SimilarityHead
+
         chosen = dict(settings)
-        kinds = {"linear": LinearHead, "words": WordsHead, "text": TextHead}
+        kinds = {kind.name: kind for kind in (LinearHead, WordsHead, TextHead, SimilarityHead, DecoupledHead)}
         kind = kinds.get(str(chosen.pop("name", "")))
         if kind is None:
             raise AdapterError(f"the head {settings.get('name')!r} is not known; known are {listing(kinds)}")
-        return kind(**chosen)  # type: ignore[no-any-return]
+        return kind(**chosen)
 
     def rows(
         self, model: Model, examples: Sequence[Example], *, scoring: bool = False, longest: int | None = None
@@ -242,11 +295,11 @@ class WordsHead(Head):
         return made
 
     def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        nll, count = out
+        nll, count = _likelihood(out)
         return nll, count.to(nll.dtype)
 
     def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
-        nll, count = out
+        nll, count = _likelihood(out)
         score = nll / count.clamp(min=1) if self.per_token else nll
         best = [int(group.argmin()) for group in score.split([row.count for row in rows])]
         return best if self.task == "choose" else [self.labels[i] for i in best]
@@ -288,18 +341,18 @@ class TextHead(Head):
         return made
 
     def loss(self, out: Out, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        nll, count = out
+        nll, count = _likelihood(out)
         return nll, count.to(nll.dtype)
 
     def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
         """For ``lm``: (negative log-likelihood in nats, tokens) of each row."""
-        nll, count = out
+        nll, count = _likelihood(out)
         return list(zip(nll.tolist(), count.tolist(), strict=True))
 
     @torch.no_grad()
     def write(self, model: Model, rows: Sequence[Row]) -> list[str]:
         """Greedy answers to the rows' prompts."""
-        tokenizer = model.processor
+        tokenizer = model.tokenizer
         prompts = [row.sequences[0][: row.starts[0]] for row in rows]
         width = max(len(p) for p in prompts)
         pad = tokenizer.pad_token_id or 0
@@ -313,12 +366,33 @@ class TextHead(Head):
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def head_for(model: Model, task: Task, seed: int = 0) -> Head:
+def _likelihood(out: Out) -> tuple[Tensor, Tensor]:
+    assert isinstance(out, tuple)
+    return out
+
+
+def head_for(model: Model, task: Task, seed: int = 0, form: Form | None = None, kind: str = "auto") -> Head:
     """A fresh head for a task on a base.
 
+    Args:
+        model: the base.
+        task: what it is for.
+        seed: of its start.
+        form: of the adapter that it belongs to, which may say how class names are written.
+        kind: ``auto``; or for dual models ``similarity`` (the nearest class text, which is their ``auto``), ``decoupled``
+            (and a classifier beside it) or ``linear`` (a layer on the images' vectors).
+
     Raises:
+        ConfigError: this kind of base has no such head.
         ModelError: this kind of base cannot do this kind of task.
     """
+    if kind not in ("auto", "linear") and model.kind != "dual":
+        raise ConfigError(f"the head {kind!r} compares images with class texts, which the {model.kind} model {model.name!r} "
+                          "cannot; use auto, or a dual model such as CLIP")  # fmt: skip
+    if model.kind == "dual" and task.kind == "classify" and kind != "linear" and task.modality == "image":
+        from .dual import similarity_head
+
+        return similarity_head(model, task, seed, form, decoupled=kind == "decoupled")
     if model.kind in ("causal", "seq2seq"):
         if task.kind in ("classify", "choose"):
             return WordsHead(task.kind, task.labels, task.instruction)
@@ -351,7 +425,8 @@ def prompted(instruction: str, inputs: Sequence[str]) -> str:
 def limit(model: Model, longest: int | None) -> int:
     """Tokens of a text that are read: what was asked for, what the model can take, and `LONGEST`, whichever is least."""
     config = getattr(model.module, "config", None)
-    bounds = [longest or LONGEST, getattr(model.processor, "model_max_length", LONGEST)]
+    config = getattr(config, "text_config", None) or config
+    bounds = [longest or LONGEST, getattr(model.tokenizer, "model_max_length", LONGEST)]
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # RoBERTa's positions start behind the padding token
@@ -409,9 +484,9 @@ def windows(model: Model, text: str, longest: int | None) -> list[Row]:
 def _tokenizer(model: Model) -> Any:
     if model.kind == "image":
         raise ModelError(f"the image model {model.name!r} cannot read texts; give a task with images, or another base")
-    if model.processor is None or not callable(model.processor):
+    if model.tokenizer is None or not callable(model.tokenizer):
         raise ModelError(f"the model {model.name!r} has no tokenizer; give one: Model(module, processor=tokenizer)")
-    return model.processor
+    return model.tokenizer
 
 
 def images(model: Model, examples: Sequence[Example]) -> list[Tensor]:
@@ -442,10 +517,11 @@ def collate(model: Model, head: Head, rows: Sequence[Row]) -> dict[str, Tensor]:
     device, dtype = model.device, model.dtype
     if rows[0].pixels is not None:
         pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
-        return {getattr(model.module, "main_input_name", "pixel_values"): pixels.to(device, dtype)}
+        name = "pixel_values" if model.kind == "dual" else getattr(model.module, "main_input_name", "pixel_values")
+        return head.collate(model, {name: pixels.to(device, dtype)})
     sequences = [s for row in rows for s in row.sequences]
     starts = [s for row in rows for s in row.starts]
-    pad = getattr(model.processor, "pad_token_id", None) or 0
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
     if head.trunk == "likelihood" and model.kind == "seq2seq":
         left = [s[:at] for s, at in zip(sequences, starts, strict=True)]
         right = [s[at:] for s, at in zip(sequences, starts, strict=True)]
@@ -472,7 +548,7 @@ def padded(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
 
 def trunk(model: Model, head: Head, batch: Mapping[str, Tensor]) -> Out:
     """What the base computes for a head."""
-    return model.features(batch) if head.trunk == "features" else model.likelihood(batch)
+    return head.run(model, batch)
 
 
 def split(out: Out, counts: Sequence[int]) -> list[Out]:

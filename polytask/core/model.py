@@ -130,6 +130,8 @@ class Model:
     def width(self) -> int:
         """The size of the vectors that ``features`` gives."""
         config = getattr(self.module, "config", None)
+        if self.kind == "dual" and isinstance(getattr(config, "projection_dim", None), int):
+            return int(config.projection_dim)  # type: ignore[union-attr]
         for key in ("hidden_size", "d_model", "n_embd", "dim"):
             if isinstance(getattr(config, key, None), int):
                 return int(getattr(config, key))
@@ -137,6 +139,11 @@ class Model:
         if sizes:
             return int(sizes[-1])
         raise ModelError(f"the width of {self.name!r} is not known; give Model.width or use a transformers model")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer, where it has one beside something for images; else the processor itself."""
+        return getattr(self.processor, "tokenizer", None) or self.processor
 
     # Attaching
 
@@ -278,9 +285,16 @@ class Model:
             batch: the tensors that the backbone's forward takes.
             call: what the forward knows; by default its mask and number of rows.
         """
-        backbone = getattr(self.module, "base_model", self.module)
         mask = batch.get("attention_mask")
         rows = len(next(iter(batch.values())))
+        if self.kind == "dual":
+            from .dual import image_features, text_features
+
+            known = call or Call(tasks=self._hub.call.tasks, rows=rows).spread()
+            if "pixel_values" in batch:
+                return image_features(self, batch["pixel_values"], known)[0]
+            return text_features(self, batch, known)
+        backbone = getattr(self.module, "base_model", self.module)
         with _attach.calling(self._hub, call or Call(tasks=self._hub.call.tasks, mask=mask, rows=rows)):
             if self._hub.mix is not None:
                 self._hub.enter(dict(batch), ())

@@ -227,6 +227,7 @@ def read(folder: Path, config: Mapping[str, Any], kind: type[Form], tensors: Map
     """An adapter that PEFT wrote. Its sites are inferred from the tensors; the model knows their roles and depths."""
     from .adapter import Adapter, Card
 
+    config, tensors = kind.translated(config, tensors)
     general = kind.from_peft(config)
     packed = kind.packed_sites(config, tensors)
     if packed is not None:

@@ -20,7 +20,8 @@ class Schedule(Settings):
         epochs: passes over the training examples.
         batch_size: rows per step (of each adapter, when several learn together).
         lr: peak learning rate of the adapter; the form's own default when None.
-        head_lr: of the heads; the adapter's when None.
+        head: ``auto``; for dual models also ``linear`` or ``decoupled``, see `polytask.core.head.head_for`.
+        head_lr: of the heads; the adapter's when None, times what the head says.
         head_start: ``probe`` starts a linear head from a regression on the frozen features, ``random`` from small values.
         schedule: its course after the warm-up.
         warmup: fraction of the steps in which it rises from zero.
@@ -37,6 +38,7 @@ class Schedule(Settings):
     epochs: float = Field(3.0, gt=0)
     batch_size: int = Field(16, ge=1)
     lr: float | None = Field(None, gt=0)
+    head: Literal["auto", "linear", "similarity", "decoupled"] = "auto"
     head_lr: float | None = Field(None, gt=0)
     head_start: Literal["probe", "random"] = "probe"
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -132,13 +132,13 @@ def role_of(name: str, kind: str = "linear") -> str:
 
 def find_sites(root: nn.Module) -> list[Site]:
     """Every site of a network, in the order of its modules. A module that is shared gives one site."""
-    stacks = _stacks(root)
-    entry = _entry(root)
+    blocks = stacks(root)
+    entries = _entries(root)
     found: list[Site] = []
     for path, module in root.named_modules():
-        layer, depth = _place(path, stacks)
+        layer, depth = _place(path, blocks)
         rows = _sees_rows(root, path)
-        for kind, param, shape, transposed, read in _describe(root, path, module, stacks, entry):
+        for kind, param, shape, transposed, read in _describe(root, path, module, blocks, entries):
             name = f"{path}.{param}" if param else path
             bias = not param and module._parameters.get("bias") is not None
             found.append(
@@ -151,11 +151,11 @@ _Description = tuple[str, str, tuple[int, ...], bool, str]
 
 
 def _describe(
-    root: nn.Module, path: str, module: nn.Module, stacks: dict[str, tuple[int, int]], entry: str
+    root: nn.Module, path: str, module: nn.Module, blocks: dict[str, tuple[int, int]], entries: tuple[str, ...]
 ) -> Iterator[_Description]:
-    if path == entry:
+    if path in entries:
         yield "input", "", _table(module), False, "call"
-    if path in stacks:
+    if path in blocks:
         yield "block", "", (), False, "call"
     kind = _leaf_kind(module)
     weight = _stored(module, "weight")
@@ -179,9 +179,16 @@ def _base_path(root: nn.Module) -> str:
     return next((path for path, module in root.named_modules() if module is base), "")
 
 
-def _entry(root: nn.Module) -> str:
-    """The path of the module that turns token ids (or pixels) into the vectors that the blocks work on."""
+CLASS_TOKENS = ("cls_token", "class_embedding", "distillation_token")  # what stands before an image's patches
+TOWERS = ("text_model", "vision_model")  # what transformers calls the two networks of a dual model
+
+
+def _entries(root: nn.Module) -> tuple[str, ...]:
+    """The paths of the modules that turn token ids (or pixels) into the vectors that the blocks work on."""
     path = _base_path(root)
+    towers = tuple(f"{path}.{name}".lstrip(".") for name in TOWERS if name in root.get_submodule(path)._modules)
+    if len(towers) == len(TOWERS):
+        return towers
     double = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     while True:  # OPT and encoder-decoders have a network inside that looks the tokens up
         for name in ("encoder",) if double else ("decoder", "encoder"):
@@ -190,7 +197,7 @@ def _entry(root: nn.Module) -> str:
                 path = f"{path}.{name}".lstrip(".")
                 break
         else:
-            return path
+            return (path,)
 
 
 def _table(module: nn.Module) -> tuple[int, ...]:
@@ -203,7 +210,7 @@ def _table(module: nn.Module) -> tuple[int, ...]:
     if isinstance(table, nn.Embedding):
         return tuple(table.weight.shape)
     # an image network with a class token takes virtual tokens too; it has no table
-    marked = hasattr(getattr(module, "embeddings", None), "cls_token")
+    marked = any(hasattr(getattr(module, "embeddings", None), name) for name in CLASS_TOKENS[:2])
     config: Any = getattr(module, "config", None)
     return (0, int(config.hidden_size)) if marked else ()
 
@@ -283,7 +290,7 @@ _TORCH_LAYERS = (
 )
 
 
-def _stacks(root: nn.Module) -> dict[str, tuple[int, int]]:
+def stacks(root: nn.Module) -> dict[str, tuple[int, int]]:
     """Path of each block to its (position, length of its stack)."""
     found: dict[str, tuple[int, int]] = {}
 
@@ -322,10 +329,10 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _place(path: str, stacks: dict[str, tuple[int, int]]) -> tuple[int | None, float | None]:
+def _place(path: str, blocks: dict[str, tuple[int, int]]) -> tuple[int | None, float | None]:
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
-        place = stacks.get(".".join(parts[:end]))
+        place = blocks.get(".".join(parts[:end]))
         if place is not None:
             layer, length = place
             return layer, layer / (length - 1) if length > 1 else 0.0

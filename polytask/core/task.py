@@ -75,6 +75,7 @@ class Task:
     metric: str = ""
     modality: str = "text"
     description: str = ""
+    about: dict[str, str] = field(default_factory=dict)  # label to what it means, for models that read class texts
     licence: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -98,7 +99,7 @@ class Task:
         """Read a task from a file, a folder, a `datasets` object, a table, or a list of dicts.
 
         `overrides` takes the keys of task.yaml (kind, inputs, target, labels, instruction, metric, description,
-        licence, modality, choices, files) and `where`, a dict of column to value that picks rows. They win over
+        about, licence, modality, choices, files) and `where`, a dict of column to value that picks rows. They win over
         task.yaml, which wins over what is guessed.
 
         Raises DataError for what cannot be read or a bad row (file and line are named), ConfigError for an unknown

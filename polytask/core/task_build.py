@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from polytask.core.errors import DataError, listing, nearest
+from polytask.core.errors import ConfigError, DataError, listing, nearest
 from polytask.core.read import open_source
 from polytask.core.task import SPLITS, Example, count_duplicates
 from polytask.core.task_files import Bad, Raw, Row
@@ -55,6 +55,7 @@ def build(source: Any, name: str | None, skip_bad_rows: bool, overrides: Mapping
     texts = ("instruction", "metric", "description", "licence")
     return {
         **{key: said.get(key, "") for key in texts},
+        "about": _about(said.get("about", {}), labels, task_name),
         "name": task_name,
         "kind": kind,
         "train": train,
@@ -66,6 +67,15 @@ def build(source: Any, name: str | None, skip_bad_rows: bool, overrides: Mapping
         "modality": said.get("modality", "text"),
         "notes": notes,
     }
+
+
+def _about(given: Mapping[str, str], labels: Sequence[str], name: str) -> dict[str, str]:
+    """Descriptions of all labels, or of none. Raises ConfigError."""
+    if given and (wrong := set(given) ^ set(labels)):
+        raise ConfigError(
+            f"{name}: about must describe each label once; it lacks or does not know {listing(sorted(wrong))}"
+        )
+    return dict(given)
 
 
 def _name(raw: Raw, said: Mapping[str, Any]) -> str:

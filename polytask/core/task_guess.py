@@ -119,6 +119,12 @@ def _files(value: Any) -> dict[str, str]:
     return files
 
 
+def _about(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not value or not all(isinstance(v, str) and v.strip() for v in value.values()):
+        raise ValueError(f"must map labels to a text that describes each, and is {value!r}")
+    return {str(label).strip(): text.strip() for label, text in value.items()}
+
+
 def _where(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"must map columns to the value to keep, as in {{'task': 'sst2'}}, and is {value!r}")
@@ -134,6 +140,7 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "instruction": _text,
     "metric": _metric,
     "description": _text,
+    "about": _about,
     "licence": _text,
     "modality": _one_of(MODALITIES),
     "choices": _choices,

@@ -213,6 +213,8 @@ class Inserted:
         if "pixel_values" in names:
             self._images(m)
             return given
+        if "inputs_embeds" not in names:
+            return self._pooled_by_ids(given, m, moved)
         embeds = given.get("inputs_embeds")
         if embeds is None:
             ids = given.get("input_ids")
@@ -280,16 +282,89 @@ class Inserted:
         virtual = (there.cumsum(1) - 1).clamp(min=0) + start
         given["position_ids"] = torch.cat([virtual, real], 1) if first else real
 
+    def _pooled_by_ids(self, given: dict[str, Any], m: int, moved: int) -> dict[str, Any]:
+        """Virtual tokens behind a text's first token, for networks that look at the ids again afterwards (CLIP's text).
+
+        The ids become longer by ones that mean nothing, and the table answers with the virtual tokens there.
+        """
+        ids: Tensor = given["input_ids"]
+        (B, T), room = ids.shape, int(getattr(getattr(self.module, "config", None), "max_position_embeddings", 0) or 0)
+        table: Any = self.module.get_input_embeddings()  # type: ignore[operator]
+        mask = given.get("attention_mask")
+        call = dataclasses.replace(self.slot.hub.call, mask=mask)
+        mixed = self._mix(table(ids), max(m, moved), call)
+        d = mixed.shape[2] - 2
+        virtual, real = mixed[:, : max(m, moved)], mixed[:, max(m, moved) :, :d]
+        shift = (virtual[..., d + 1] != 0).sum(1, keepdim=True)  # [B, 1]
+        virtual = virtual[:, virtual.shape[1] - m :]
+        there = self._layered(virtual[..., d] != 0, m)
+        self.at, count = 1, self.count
+        if room and T + count > room:
+            raise SiteError(
+                f"{count} virtual tokens and a text of {T} make {T + count} tokens, and the base has positions for {room}; "
+                "use a shorter prompt, or shorter texts"
+            )
+        first, *later = virtual[..., :d].split(count, 1) if count else (virtual[..., :d],)
+        embeds = torch.cat([real[:, :1], first, real[:, 1:]], 1)
+        self._hooks.append(table.register_forward_hook(lambda *_: embeds))
+        self._replace(list(later))
+
+        def widened(rows: Tensor, between: Tensor) -> Tensor:
+            return torch.cat([rows[:, :1], between.to(rows.dtype), rows[:, 1:]], 1)
+
+        end = getattr(self.module, "eos_token_id", None)
+        given["input_ids"] = widened(ids, torch.full_like(there, 1 if end == 0 else 0, dtype=ids.dtype))
+        if mask is not None or not bool(there.all()):
+            mask = ids.new_ones(B, T) if mask is None else mask
+            given["attention_mask"] = widened(mask, there)
+            self.slot.hub.call = dataclasses.replace(self._call, mask=given["attention_mask"])
+        positions = given.get("position_ids")
+        positions = torch.arange(T, device=ids.device) if positions is None else positions
+        positions = positions.expand(B, T)
+        after = positions + there.sum(1, keepdim=True) + shift
+        positions = torch.cat([positions[:, :1], after[:, 1:]], 1)
+        given["position_ids"] = widened(positions, there.cumsum(1).clamp(min=1))
+        return given
+
+    def _layered(self, there: Tensor, m: int) -> Tensor:
+        """Which virtual tokens of the first block are there, [B, count], where later blocks have some of their own."""
+        layers = max((p.layers for p in _active(self.slot)), default=1)
+        self.count = m // layers
+        if layers > 1 and not bool(there.all()):
+            raise SiteError(
+                "virtual tokens that later blocks replace have no place in rows without them, so every row of a batch needs "
+                "a prompt of the same length and depth; run rows without one by themselves"
+            )
+        return there[:, : self.count]
+
+    def _replace(self, later: list[Tensor]) -> None:
+        """Puts the virtual tokens of later blocks, [B, count, d] each, in the place of what the block before made."""
+        from .site import stacks
+
+        if not later:
+            return
+        at, end = self.at, self.at + self.count
+        blocks = [self.module.get_submodule(path) for path in stacks(self.module)]
+        if len(later) >= len(blocks):
+            raise SiteError(
+                f"a prompt of depth {len(later) + 1} does not fit a network of {len(blocks)} blocks; use a smaller depth"
+            )
+
+        def replacing(tokens: Tensor) -> Any:
+            def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                return (torch.cat([args[0][:, :at], tokens, args[0][:, end:]], 1), *args[1:])
+
+            return replace
+
+        for block, tokens in zip(blocks[1:], later, strict=False):
+            self._hooks.append(block.register_forward_pre_hook(replacing(tokens)))
+
     def _images(self, m: int) -> None:
         """Virtual tokens after an image's class token, once positions are added; those of later blocks replace them."""
-        from .site import _stacks
+        from .site import CLASS_TOKENS
 
         embeddings = self.module.get_submodule("embeddings")
-        self.at = sum(getattr(embeddings, name, None) is not None for name in ("cls_token", "distillation_token"))
-        blocks = [self.module.get_submodule(path) for path in _stacks(self.module)]
-        layers = max(p.layers for p in _active(self.slot))
-        self.count, at = m // layers, self.at
-        later: list[Tensor] = []
+        self.at = at = sum(getattr(embeddings, name, None) is not None for name in CLASS_TOKENS)
 
         def insert(_: nn.Module, __: Any, embeds: Tensor) -> Tensor:
             mixed = self._mix(embeds, m, self.slot.hub.call)
@@ -299,16 +374,12 @@ class Inserted:
                     "an image network has no mask for tokens, so every row of a batch needs a visual prompt of the same "
                     "length and depth; run rows without one by themselves"
                 )
-            first, *rest = mixed[:, :m, :d].split(self.count, 1)
-            later.extend(rest)
+            self._layered(mixed[:, :m, d] != 0, m)
+            first, *later = mixed[:, :m, :d].split(self.count, 1)
+            self._replace(list(later))
             return torch.cat([embeds[:, :at], first, embeds[:, at:]], 1)
 
-        def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            return (torch.cat([x[:, :at], later.pop(0), x[:, at + self.count :]], 1), *args[1:])
-
         self._hooks.append(embeddings.register_forward_hook(insert))
-        self._hooks += [block.register_forward_pre_hook(replace) for block in blocks[1:layers]]
 
     @staticmethod
     def cross(slot: Slot, given: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Table:
     Attributes:
         rows: a score of a method on a task each: method, task, metric, value, low, high, n, note.
         methods: a method each: what it is, average, worst, trained parameters, bytes, seconds, peak memory, what it forgot.
+        ranks: how a budget dealt the ranks of an adapter out, for each that has had one.
         base, tasks, cross, forgetting, settings: see ``docs/compare.md``.
     """
 
@@ -44,6 +45,7 @@ class Table:
     methods: list[dict[str, Any]] = field(default_factory=list)
     cross: dict[str, Any] = field(default_factory=dict)
     forgetting: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -365,6 +367,11 @@ class Comparison:
             }
             for t in self.tasks
         ]  # fmt: skip
+        result.ranks = [
+            {"adapter": name, **held, "budget": held["budget"]["name"]}
+            for name, adapter in self.adapters.items()
+            if (held := adapter.card.training.get("ranks"))
+        ]
         result.settings = {
             "seed": self.seed, "precision": first.card.training.get("precision", ""), "form": str(first.form),
             "seconds": round(seconds, 1), "device": str(self.model.device), "created": time.strftime("%Y-%m-%d"),

@@ -91,9 +91,13 @@ def _head(model: Model, task: Task, mix: Mix | None) -> Head | None:
     """The head for a task that the mix's adapters bring; a generative base needs none of its own."""
     present: dict[str, Adapter] = dict(model.adapters)
     for name in mix.names() if mix is not None else ():
-        if name in present and task.name in present[name].heads:
-            return present[name].heads[task.name]
-    return head_for(model, task) if model.kind in ("causal", "seq2seq") else None
+        kept = present[name].heads.get(task.name) if name in present else None
+        # a head of class texts answers for other classes by their names
+        if kept is not None and not (kept.trunk == "similarity" and set(kept.labels) != set(task.labels)):  # type: ignore[arg-type]
+            return kept
+    form = next((present[n].form for n in (mix.names() if mix is not None else ()) if n in present), None)
+    compared = model.kind == "dual" and task.kind == "classify" and task.modality == "image"
+    return head_for(model, task, form=form) if model.kind in ("causal", "seq2seq") or compared else None
 
 
 def results(scores: dict[str, Score]) -> dict[str, Any]:

@@ -141,13 +141,9 @@ class BOFTPatch(TurnPatch):
         change = cayley(0.5 * (D - D.mT))
         if len(D) == 1:
             return change[0]
-        reach = self.form.reach(self.site)
-        if reach > DENSE:
+        if self.form.reach(self.site) > DENSE:
             return change
-        # the rows of the identity, as many as one block of the product has, go through the factors of all blocks
-        rows = torch.eye(reach, dtype=D.dtype, device=D.device).repeat(1, self.site.d_in // reach)  # [reach, i]
-        out = self._factors(rows, change) - rows
-        return out.view(reach, -1, reach).transpose(0, 1)
+        return _product(change)
 
     def _factors(self, x: Tensor, change: Tensor, back: bool = False) -> Tensor:
         """``x R`` factor by factor, from the last to the first; ``x R^T`` the other way when ``back``."""
@@ -194,3 +190,22 @@ class BOFTPatch(TurnPatch):
         s = self.s.T if self.site.transposed else self.s
         weight = weight.T if self.site.transposed else weight
         return s * delta + (s - 1.0) * weight.to(delta.dtype)
+
+
+def _product(change: Tensor) -> Tensor:
+    """``F_m ... F_1 - I`` of factors ``I + change`` [m, n, b, b], as blocks [S, s, s] of the size s that they reach.
+
+    The product of the first k factors has blocks of ``b 2^(k-1)``; the next one joins two of them, half block by half block,
+    so no product meets a zero.
+    """
+    m, n, b, _ = change.shape
+    half = b // 2
+    eye = torch.eye(b, dtype=change.dtype, device=change.device)
+    factors = (change + eye).contiguous()
+    done = factors[0]  # [n, b, b]
+    for k in range(1, m):
+        S, J, wide = n >> k, 1 << k, done.shape[1]
+        left = factors[k].view(S, J, b, 2, half).permute(0, 3, 1, 2, 4).reshape(-1, b, half)  # [S 2 J, b, b/2]
+        out = left @ done.view(-1, half, wide)  # [S 2 J, b, wide], where the two halves of b are rows far apart
+        done = out.view(S, 2, J, 2, half, wide).permute(0, 3, 2, 4, 1, 5).reshape(S, 2 * wide, 2 * wide)
+    return done - torch.eye(done.shape[1], dtype=change.dtype, device=change.device)

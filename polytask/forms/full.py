@@ -162,6 +162,9 @@ class FullPatch(DensePatch):
             for parameter in self.parameters():
                 parameter.zero_()
 
+    def instead(self, name: str) -> Tensor | None:
+        return self._parameters.get("value" if self.site.param else name) if self.values else None
+
     def deltas(self) -> dict[str, Tensor]:
         changes = {}
         for name, own in self._parameters.items():

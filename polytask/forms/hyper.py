@@ -5,8 +5,8 @@ Shapes: i = d_in, o = d_out, r rank, e embedding, h hidden, C template width, k 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,10 +17,14 @@ from polytask.core.errors import AdapterError, ConfigError, MixError, listing, n
 from polytask.core.form import NO_CALL, Call, Form, Part, Patch, forms, per_row
 from polytask.core.site import Site
 
+from . import _retriever
 from .lora import LoRA, LoRAPatch
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
+    from polytask.core.head import Seen
+    from polytask.core.model import Model
+    from polytask.core.task import Task
 
 
 @forms.register("hyper")
@@ -40,10 +44,19 @@ class Hyper(Form):
         width: C, the columns of a template.
         embedding: e, the size of prototypes and embeddings.
         hidden: h, the size of the network's hidden layer.
+        retriever: the size of the hidden layer of a network that turns the bare base's vector of an input into r [e], near
+            the prototype of its task; 0 for none. While it learns, the base runs once more without the adapter, and
+            ``contrast`` times two losses over ``cos / temperature`` are added: InfoNCE among the inputs of a batch by task,
+            and of each input with its prototype. `Hyper.retrieve` and `Hyper.extend` use it.
+        contrast: the weight of these losses.
+        temperature: what the cosines are divided by.
+        exclude: leave an input's own prototype out of the sum that it is compared with, so that the loss has no lower bound
+            but that of the cosines.
 
     Reference: Liu et al., Polyhistor, arXiv 2210.03265 (low-rank generated matrices, templates and kernels per layer), and
     Zhao et al., Prototype-based HyperAdapter, arXiv 2310.11670 (prototypes). Here LoRA's factors are generated in place of
-    bottleneck adapters, kernels start as the identity, and prototypes are chosen by name: there is no retriever.
+    bottleneck adapters, and kernels start as the identity. The retriever sees the bare base's vectors, so that it can tell the
+    task before an adapter acts; ``exclude`` is the authors' code.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -55,6 +68,10 @@ class Hyper(Form):
     width: int = 256
     embedding: int = 32
     hidden: int = 64
+    retriever: int = 0
+    contrast: float = 0.1
+    temperature: float = 0.1
+    exclude: bool = True
 
     peft_type: ClassVar[str] = "POLYTASK_HYPER"
     default_lr: ClassVar[float] = 1e-3
@@ -71,6 +88,16 @@ class Hyper(Form):
                 raise ConfigError(f"Hyper: {name} must be a whole number of at least 1, got {value!r}")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"Hyper: each of tasks must have a name of its own, got {listing(self.tasks)}")
+        if not (isinstance(self.retriever, int) and self.retriever >= 0) or (self.retriever and len(self.tasks) < 2):
+            raise ConfigError(
+                f"Hyper: retriever must be a whole number, and needs at least two tasks to tell apart; got {self.retriever!r} "
+                f"and the tasks {listing(self.tasks) or 'none'}"
+            )
+        if self.contrast < 0 or not self.temperature > 0:
+            raise ConfigError(
+                "Hyper: contrast must not be negative and temperature positive, got "
+                f"{self.contrast!r} and {self.temperature!r}"
+            )
 
     @property
     def scale(self) -> float:
@@ -82,6 +109,101 @@ class Hyper(Form):
 
     def shared(self, sites: Sequence[Site]) -> Part:
         return HyperNetwork(self)
+
+    def made(self, model: Model, patches: Mapping[str, Patch]) -> None:
+        if self.retriever:
+            next(iter(patches.values())).shared.look_at(model.width)
+
+    def loss(self, seen: Seen, values: Tensor) -> Tensor:
+        own: Any = seen.adapter.shared
+        if self.retriever and self.contrast and seen.task in self.tasks and torch.is_grad_enabled():
+            vectors = _retriever.described(seen.model, seen.batch)
+            first = [sum(row.count for row in seen.rows[:i]) for i in range(len(seen.rows))]  # of a row's sequences
+            own.waiting.append((seen.task, own.retrieve(vectors[first])))
+        return values
+
+    def penalty(self, adapter: Adapter) -> Tensor | None:
+        """The two losses over the inputs of the last step's batch."""
+        own: Any = adapter.shared
+        if not own.waiting:
+            return None
+        r = torch.cat([vectors for _, vectors in own.waiting])
+        places = [self.tasks.index(task) for task, vectors in own.waiting for _ in vectors]
+        own.waiting.clear()
+        task = torch.tensor(places, device=r.device)
+        near = _retriever.prototypes(r, own.prototypes, task, self.temperature, self.exclude)
+        return self.contrast * (_retriever.instances(r, task, self.temperature) + near)
+
+    @staticmethod
+    def retrieve(model: Model, adapter: Adapter, batch: Mapping[str, Tensor]) -> list[str]:
+        """The task of each row of a batch whose tasks nobody told: that of the nearest prototype.
+
+        Example: ``model.using("a", tasks=pt.Hyper.retrieve(model, adapter, batch))``.
+
+        Args:
+            model: the base.
+            adapter: of this form, with a retriever.
+            batch: the tensors that the base takes.
+
+        Raises:
+            AdapterError: the adapter has no retriever.
+        """
+        form = Hyper._with_retriever(adapter)
+        own: Any = adapter.shared
+        with torch.no_grad():
+            near = own.cosines(_retriever.described(model, batch)).argmax(1)
+        return [form.tasks[i] for i in near.tolist()]
+
+    @staticmethod
+    def extend(model: Model, adapter: Adapter, task: Task, examples: int = 32) -> tuple[Adapter, str]:
+        """The adapter with one task more, which starts from the prototype that its examples are nearest to.
+
+        Args:
+            model: the base.
+            adapter: of this form, with a retriever.
+            task: the new one; give the result to `polytask.learn` as ``start``.
+            examples: how many of its training examples are looked at.
+
+        Returns:
+            The adapter, and the task whose prototype was taken.
+
+        Raises:
+            AdapterError: the adapter has no retriever, or has the task already.
+        """
+        from polytask.core.adapter import Adapter
+        from polytask.core.head import collate, head_for
+
+        form = Hyper._with_retriever(adapter)
+        if task.name in form.tasks:
+            raise AdapterError(f"the adapter {adapter.name!r} has a prototype of the task {task.name!r} already")
+        old: Any = adapter.shared
+        head = head_for(model, task)
+        rows = head.rows(model, task.train[:examples])
+        with torch.no_grad():
+            vectors = _retriever.described(model, collate(model, head, rows))
+            near = int(old.cosines(vectors).mean(0).argmax())
+        grown = replace(form, tasks=(*form.tasks, task.name))
+        shared = HyperNetwork(grown)
+        tensors = {name: value.clone() for name, value in old.stored().items()}
+        tensors["prototypes"] = torch.cat([old.prototypes.detach(), old.prototypes.detach()[near, None]])
+        shared.load(tensors)
+        patches: dict[str, Patch] = {}
+        for name, patch in adapter.patches.items():
+            patches[name] = grown.patch(patch.site)
+            patches[name].load({n: value.clone() for n, value in patch.stored().items()})
+        kept = adapter.copy()
+        made = Adapter(grown, patches, kept.heads, kept.card, adapter.name, adapter.short_targets, shared)
+        made.card.parents = [adapter.hash]
+        return made, form.tasks[near]
+
+    @staticmethod
+    def _with_retriever(adapter: Adapter) -> Hyper:
+        form = adapter.form
+        if not isinstance(form, Hyper) or not form.retriever:
+            raise AdapterError(
+                f"the adapter {adapter.name!r} ({form}) has no retriever; learn 'hyper' with retriever=128"
+            )
+        return form
 
     @staticmethod
     def materialise(adapter: Adapter, task: str | None = None) -> Adapter:
@@ -127,10 +249,41 @@ class HyperNetwork(Part):
             ("down", (block, e)), ("down_bias", (block,)), ("up", (block, e)), ("up_bias", (block,)),
         ):  # fmt: skip
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.waiting: list[tuple[str, Tensor]] = []  # r of the batch that is being learned from, by task
+        self._seed = 0
+        if form.retriever:
+            self.look_at(0)
+
+    def look_at(self, width: int) -> None:
+        """Gives the retriever the width d of what it looks at, and fresh values."""
+        e, h = self.form.embedding, self.form.retriever
+        generator = torch.Generator().manual_seed(self._seed)
+        for name, shape in (("see", (h, width)), ("see_bias", (h,)), ("tell", (e, h)), ("tell_bias", (e,))):
+            value = torch.zeros(shape)
+            if not name.endswith("bias"):
+                value.normal_(std=max(1, shape[1]) ** -0.5, generator=generator)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.form.retriever and "see" in tensors and tensors["see"].dim() == 2:
+            self.look_at(tensors["see"].shape[1])
+        super().load(tensors)
+
+    def retrieve(self, vectors: Tensor) -> Tensor:
+        """r [n, e] of the base's vectors [n, d]."""
+        own: Any = self._parameters
+        hidden = F.linear(vectors.to(own["see"].dtype), own["see"], own["see_bias"]).relu()
+        return F.linear(hidden, own["tell"], own["tell_bias"])
+
+    def cosines(self, vectors: Tensor) -> Tensor:
+        """With each prototype, [n, T]."""
+        return F.normalize(self.retrieve(vectors), dim=1) @ F.normalize(self.prototypes, dim=1).T  # type: ignore[arg-type,union-attr]
 
     def start(self, generator: torch.Generator) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
+                if name.startswith(("see", "tell")):
+                    continue  # once the width is known
                 assert parameter is not None
                 if name.endswith("bias") or name == "up":
                     parameter.zero_()
@@ -139,6 +292,8 @@ class HyperNetwork(Part):
                 else:
                     parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             self.down *= (3 * self.form.width) ** -0.5  # type: ignore[operator]  # A as large as LoRA's
+        if self.form.retriever:
+            self._seed = int(torch.randint(2**31, (), generator=generator))
 
     def prototype(self, task: str | None) -> Tensor:
         """Of a task by its name; their mean for None."""

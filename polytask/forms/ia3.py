@@ -126,11 +126,14 @@ class IA3Patch(Patch):
         factor = (self.l - 1.0).to(like.dtype)
         return factor if self.site.kind == "conv" else factor.flatten()
 
+    def _scaled(self, x: Tensor) -> Tensor:
+        """``l * x``; as ``x + (l - 1) x`` in a type that would round l to one."""
+        if self.l.dtype != x.dtype:
+            return torch.addcmul(x, x, self._factor(x))
+        return x * (self.l if self.site.kind == "conv" else self.l.view(-1))
+
     def around(self, run: Callable[[Tensor], Tensor], x: Tensor, call: Call = NO_CALL) -> Tensor:
-        if self.at_input:
-            return run(torch.addcmul(x, x, self._factor(x)))
-        y = run(x)
-        return torch.addcmul(y, y, self._factor(y))
+        return run(self._scaled(x)) if self.at_input else self._scaled(run(x))
 
     def contribute(self, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         if not self.at_input:

@@ -117,6 +117,13 @@ class LoRA(Form):
 
             begin(self, model, adapter, batches)
 
+    def measured(self, model: Model, adapter: Adapter) -> dict[str, Any]:
+        if self.init in PLAIN_STARTS:
+            return {}
+        from .starts import measured
+
+        return measured(self, model, adapter)
+
     def refuses(self, site: Site) -> str:
         reason = super().refuses(site)
         if reason or not site.shape:
@@ -173,7 +180,19 @@ class LoRA(Form):
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
+        if config.get("peft_type") == "ADALORA":
+            return cls is LoRA
         return config.get("peft_type") == cls.peft_type and not config.get("use_dora")  # that is the form "dora"
+
+    @classmethod
+    def translated(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        if config.get("peft_type") != "ADALORA":
+            return config, tensors
+        from .adalora import as_lora
+
+        return as_lora(config, tensors)
 
     @classmethod
     def infer_site(cls, path: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Site:

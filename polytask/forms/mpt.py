@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import AdapterError, ConfigError
+from polytask.core.errors import AdapterError, ConfigError, listing
 from polytask.core.form import Call, Patch, forms
 from polytask.core.site import Site
 
+from ._teacher import apart, check_teacher
 from .prompt import PromptPatch, Tokens, TokensPatch
+
+if TYPE_CHECKING:
+    from polytask.core.head import Seen
+    from polytask.core.model import Model
 
 
 @forms.register("mpt")
@@ -28,10 +35,16 @@ class MPT(Tokens):
     Args:
         length: m, the number of virtual tokens.
         tasks: the tasks' names. A single unnamed one when empty: then every row has its factor.
+        teachers: an adapter for each of ``tasks``, in their order: the name of one that is attached, or a folder. While this
+            one learns, ``distil * (KL(teacher || student) + mean (h_teacher - h_student)^2)`` is added to each row's loss, over
+            the scores of classes or of scored tokens, and the vectors that they are made of.
+        distil: lambda of that sum.
+        task_lr: the learning rate of u and v over that of the shared prompt.
 
     Reference: Wang et al., Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning, arXiv 2303.02861.
     Factors start at one, so every task starts from the shared prompt (PEFT's normal start with deviation 0.02 makes
-    prompts of nearly zero). `MPT.from_prompts` makes the shared prompt and the factors of prompts that were learned apart.
+    prompts of nearly zero). Learn ``joint`` with teachers, then give `MPT.target` of the result to `polytask.learn` as the
+    ``start`` of a new task. `MPT.from_prompts` starts from prompts that were learned apart, by their values alone.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -39,6 +52,9 @@ class MPT(Tokens):
     """
 
     tasks: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    distil: float = 0.9
+    task_lr: float = 1.0
 
     peft_type: ClassVar[str] = "POLYTASK_MPT"
     paper: ClassVar[str] = "arXiv 2303.02861"
@@ -47,9 +63,87 @@ class MPT(Tokens):
         super().__post_init__()
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"MPT: tasks must be different names, got {self.tasks}")
+        if self.teachers and len(self.teachers) != max(1, len(self.tasks)):
+            raise ConfigError(
+                f"MPT: {len(self.teachers)} teachers ({listing(self.teachers)}) for {max(1, len(self.tasks))} tasks "
+                f"({listing(self.tasks) or 'one without a name'}); give one for each, in the order of tasks"
+            )
+        if not self.distil >= 0 or not self.task_lr > 0:
+            raise ConfigError(
+                f"MPT: distil must not be negative and task_lr positive, got {self.distil!r} and {self.task_lr!r}"
+            )
 
     def patch(self, site: Site) -> Patch:
         return MPTPatch(self, site)
+
+    def rate(self, name: str) -> float:
+        return self.task_lr if name in ("u", "v") else 1.0
+
+    def teacher(self, task: str) -> str | None:
+        """The adapter that the task is learned from."""
+        if self.teachers and not self.tasks:
+            return self.teachers[0]
+        return self.teachers[self.tasks.index(task)] if self.teachers and task in self.tasks else None
+
+    @contextmanager
+    def beside(self, model: Model, adapter: Adapter) -> Iterator[None]:
+        """Attaches the teachers that are not attached yet. Raises `AdapterError` for those that cannot teach a task."""
+        taken: list[str] = []
+        try:
+            for name in self.teachers:
+                if name not in model.attached:
+                    if not Path(name).is_dir():
+                        raise AdapterError(
+                            f"the teacher {name!r} is neither a folder nor attached; attached are: "
+                            f"{listing(n for n in model.attached if model.adapters[n] is not adapter) or 'none'}"
+                        )
+                    taken.append(model.attach(Adapter.load(name), name))
+            for task, head in adapter.heads.items():
+                if (name := self.teacher(task)) is not None:  # type: ignore[assignment]
+                    check_teacher(name, model.adapters[name], task, head)
+            found = dict.fromkeys(model.adapters[name].hash for name in self.teachers)
+            adapter.card.parents += [made for made in found if made not in adapter.card.parents]
+            yield
+        finally:
+            for name in taken:
+                model.detach(name)
+
+    def loss(self, seen: Seen, values: Tensor) -> Tensor:
+        name = self.teacher(seen.task)
+        return values if name is None or not self.distil else values + self.distil * apart(seen, name)
+
+    def finish(self, adapter: Adapter) -> Adapter:
+        """The same without its teachers; their hashes are among its card's parents."""
+        return self._again(adapter, replace(self, teachers=())) if self.teachers else adapter
+
+    @staticmethod
+    def _again(adapter: Adapter, form: MPT, **tensors: Tensor) -> Adapter:
+        (old,) = adapter.patches.values()
+        patch = form.patch(old.site)
+        patch.load({**{n: p.detach().clone() for n, p in old.named_parameters()}, **tensors})
+        return Adapter(form, {old.site.name: patch}, adapter.heads, adapter.card, adapter.name, adapter.targets)
+
+    @staticmethod
+    def target(adapter: Adapter, task: str, **settings: Any) -> Adapter:
+        """Where a new task starts: the shared prompt, with the mean of the tasks' u and the mean of their v.
+
+        Args:
+            adapter: of this form.
+            task: the new task.
+            settings: of the form, where they are to be others, such as ``task_lr``.
+
+        Raises:
+            AdapterError: an adapter of another form.
+        """
+        if not isinstance(adapter.form, MPT):
+            raise AdapterError(
+                f"the adapter {adapter.name!r} has the form {adapter.form.name!r}; MPT.target takes 'mpt'"
+            )
+        (own,) = adapter.patches.values()
+        form = replace(adapter.form, **{"tasks": (task,), "teachers": (), **settings})
+        made = MPT._again(adapter, form, **{n: getattr(own, n).detach().mean(0, keepdim=True) for n in ("u", "v")})
+        made.heads, made.card, made.name = {}, replace(adapter.card, parents=[adapter.hash]), task
+        return made
 
     @staticmethod
     def from_prompts(prompts: Mapping[str, Adapter], steps: int = 50) -> Adapter:

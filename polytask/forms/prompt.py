@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -87,21 +87,28 @@ class Prompt(Tokens):
     Args:
         length: m, the number of virtual tokens.
         init: ``"random"`` (normal with deviation ``std``), ``"vocabulary"`` (vectors of tokens drawn at random), ``"text"``
-            (those of ``text``, repeated or cut to the length) or ``"labels"`` (those of the names in ``text``, separated by
-            commas, one token each: the mean over a name's tokens).
+            (those of ``text``, repeated or cut to the length), ``"labels"`` (those of the names in ``text``, separated by
+            commas, one token each: the mean over a name's tokens) or ``"bayes"`` (when learning begins: particles drawn from
+            a mixture of Gaussians over the mean word vectors of the training examples; see below).
         text: for ``"text"`` and ``"labels"``.
         std: of ``"random"``; the deviation of the base's own table when None. PEFT's default is 1 there.
+        components: Gaussians of ``"bayes"``; as many as the tasks have labels, up to 16, or 8, when None.
 
-    Reference: Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691.
+    Reference: Lester et al., The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691. ``"bayes"`` is after
+    Li et al., BayesPrompt: Prompting Large-Scale Pre-Trained Language Models on Few-shot Inference via Debiased Domain
+    Abstraction, arXiv 2401.14166, whose code averages particles drawn anew at every step, overwrites two marker tokens with
+    them (also in a test, so that predictions are random) and trains the whole model; here each virtual token starts as one
+    particle and is then learned, and the base is frozen.
 
     Raises:
         ConfigError: a setting is out of range, or the text is missing.
         SiteError: the base takes no token ids.
     """
 
-    init: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
+    init: Literal["random", "vocabulary", "text", "labels", "bayes"] = "vocabulary"
     text: str = ""
     std: float | None = None
+    components: int | None = None
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     in_peft: ClassVar[bool] = True
@@ -109,11 +116,13 @@ class Prompt(Tokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = ("random", "vocabulary", "text", "labels")
+        allowed = ("random", "vocabulary", "text", "labels", "bayes")
         if self.init not in allowed:
             raise ConfigError(f"Prompt: init must be one of {', '.join(allowed)}, got {self.init!r}")
         if self.init in ("text", "labels") and not self.text:
             raise ConfigError(f"Prompt: init={self.init!r} needs text, the words to start from")
+        if self.components is not None and not (isinstance(self.components, int) and self.components >= 1):
+            raise ConfigError(f"Prompt: components must be a whole number of at least 1, got {self.components!r}")
 
     def patch(self, site: Site) -> Patch:
         return PromptPatch(self, site)
@@ -121,7 +130,8 @@ class Prompt(Tokens):
     def begin_text(self, model: Model, patch: Patch) -> None:
         """Sets a prompt to the vectors of the form's words."""
         assert isinstance(patch, PromptPatch)
-        tokenizer, table = model.processor, model.module.get_input_embeddings()  # type: ignore[operator]
+        network = model.module.get_submodule(patch.site.path) if patch.site.path != "*input" else model.module
+        tokenizer, table = model.tokenizer, network.get_input_embeddings()  # type: ignore[operator]
         if tokenizer is None:
             raise ConfigError(f"Prompt: init={self.init!r} needs a model with a tokenizer; use init='vocabulary'")
 
@@ -140,6 +150,22 @@ class Prompt(Tokens):
         if self.init in ("text", "labels"):
             for patch in patches.values():
                 self.begin_text(model, patch)
+
+    def begin(self, model: Model, adapter: Adapter, batches: Sequence[Callable[[], Tensor]]) -> None:
+        if self.init != "bayes":
+            return
+        from . import bayes
+
+        labels = sum(len(getattr(head, "labels", ())) for head in adapter.heads.values())
+        for patch in adapter.patches.values():
+            if isinstance(patch, PromptPatch):
+                reader: Any = model.module.get_submodule(adapter.fit(patch, model).path)
+                seen = bayes.features(model, reader.get_input_embeddings(), batches)
+                vectors = bayes.drawn(
+                    seen, self.length, self.components or min(labels, 16) or 8, bayes.seed_of(patch.P)
+                )
+                with torch.no_grad():
+                    patch.P.copy_(vectors)
 
     def pack(self, patches: Mapping[str, Patch]) -> dict[str, Tensor]:
         return {"prompt_embeddings": next(iter(patches.values())).P.detach()}  # type: ignore[union-attr,operator]
@@ -190,7 +216,7 @@ class PromptPatch(TokensPatch):
             elif self.form.init == "random":
                 some = torch.arange(0, table.num_embeddings, max(1, table.num_embeddings // 512), device=device)
                 self.P.normal_(std=float(table(some).float().std()), generator=generator)
-            else:  # words are looked up once the tokenizer is there
+            else:  # words are looked up once the tokenizer is there, examples when learning begins
                 ids = torch.randint(table.num_embeddings, (self.tokens,), generator=generator)
                 self.P.copy_(table(ids.to(device)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,15 +32,15 @@ def begin(form: LoRA, model: Model, adapter: Adapter, batches: Batches) -> None:
     looks = start_of(form.init).looks
     patches = {n: p for n, p in adapter.patches.items() if isinstance(p.form, LoRA) and p.form.init == form.init}
     if looks == "moments":
-        found: Mapping[str, Tensor] = _moments(model, patches, batches[:MOMENTS])
+        found: Iterable[tuple[str, Tensor]] = _moments(model, adapter, patches, batches[:MOMENTS])
     elif looks == "gradient":
-        found = _gradients(model, adapter, patches, batches[:GRADIENTS])
+        found = _gradients(model, adapter, patches, batches[:GRADIENTS]).items()
     elif looks == "components":
         _deal_out(form, adapter, patches, _components(form, model, patches, batches[:COMPONENTS]))
         return
     else:
         return
-    for name, seen in found.items():
+    for name, seen in found:
         patch, (site, module) = patches[name], _module(model, adapter, patches[name])
         assert isinstance(patch, StartPatch)
         patch.begin_with(matrix_of(module, site), seen, torch.Generator().manual_seed(0))
@@ -51,30 +51,34 @@ def _module(model: Model, adapter: Adapter, patch: Any) -> tuple[Site, nn.Module
     return site, model.module.get_submodule(site.path)
 
 
+See = Callable[[str, Tensor, Tensor], None]
+
+
 @contextmanager
 def _watched(
-    model: Model, patches: Mapping[str, Any], see: Callable[[str, Tensor], None], owner: dict[str, str]
+    model: Model, patches: Mapping[str, Any], see: See, owner: dict[str, str], every: frozenset[str] = frozenset()
 ) -> Iterator[Callable[[], None]]:
-    """Calls ``see(site, x [n, i])`` with the real tokens of each site's inputs, once where several sites get the same.
+    """Calls ``see(site, x [n, i], y [n, o])`` with the real tokens of each site's inputs and outputs, once where several
+    sites get the same, and always at ``every``.
 
     ``owner`` is filled with the site that stands for each. The context's value is to be called after every batch.
     """
     inputs: dict[int, tuple[str, Tensor]] = {}  # by the identity of a tensor, which is kept so that nobody else gets it
 
     def hook(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            first = owner.setdefault(name, inputs.setdefault(id(x), (name, x))[0])
+            first = name if name in every else owner.setdefault(name, inputs.setdefault(id(x), (name, x))[0])
             if first == name:
                 mask = model._hub.call.mask
-                x = x.detach()
-                real = mask is not None and mask.shape == x.shape[:-1]
-                see(name, x[mask.bool()] if mask is not None and real else x.flatten(0, -2))
+                real = None if mask is None or mask.shape != x.shape[:-1] else mask.bool()
+                parts = (t.flatten(0, -2) if real is None else t[real] for t in (x.detach(), y.detach()))
+                see(name, *parts)
 
-        return before
+        return after
 
     handles = [
-        model.module.get_submodule(patch.site.path).register_forward_pre_hook(hook(name), with_kwargs=True)
+        model.module.get_submodule(patch.site.path).register_forward_hook(hook(name), with_kwargs=True)
         for name, patch in patches.items()
     ]
     try:
@@ -85,31 +89,53 @@ def _watched(
 
 
 @torch.no_grad()
-def _moments(model: Model, patches: Mapping[str, Any], batches: Batches) -> dict[str, Tensor]:
-    """The mean second moment of each site's inputs [i, i], damped, with a mean diagonal of 1."""
-    sums: dict[str, Tensor] = {}
+def _moments(
+    model: Model, adapter: Adapter, patches: Mapping[str, Any], batches: Batches
+) -> Iterator[tuple[str, Tensor]]:
+    """Each site's weight times the mean second moment of its inputs, W C [o, i], where C is damped and has a mean
+    diagonal of 1.
+
+    A narrow layer has it from its own outputs, ``W X^T X = Y^T X``, which is cheaper than ``X^T X`` and needs no sharing.
+    """
+    narrow = frozenset(n for n, p in patches.items() if 2 * p.site.d_out <= p.site.d_in)
+    sums: dict[str, Tensor] = {}  # X^T X, of which the upper half is filled; at narrow layers Y^T X
+    squares: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, y: Tensor) -> None:
         x = x.float()
         wide = x.shape[1]
+        if name in narrow:
+            bias = getattr(patches[name].site, "bias", False) and _module(model, adapter, patches[name])[1].bias
+            y = (y if bias is False else y - bias).float()  # type: ignore[operator]
+            sums[name] = sums.get(name, y.new_zeros(y.shape[1], wide)).addmm_(y.T, x)
+            squares[name] = squares.get(name, 0.0) + x.square().sum(dtype=torch.float64)
+            return
         if name not in sums:
             sums[name] = x.new_zeros(wide, wide)
         total = sums[name]
-        for at in range(0, wide, BLOCK):  # the upper half; the other one is the same
+        for at in range(0, wide, BLOCK):  # the other half is the same
             total[at : at + BLOCK, at:].addmm_(x[:, at : at + BLOCK].T, x[:, at:])
 
-    with _watched(model, patches, see, owner) as done:
+    with _watched(model, patches, see, owner, narrow) as done:
         for batch in batches:
             batch()
             done()
     whole: dict[str, Tensor] = {}
-    for name, total in sums.items():
-        half = total.triu().double()
-        full = whole[name] = half + half.T - half.diagonal().diag()
-        full.div_(full.diagonal().mean().clamp_min(torch.finfo(full.dtype).tiny))
-        full.diagonal().add_(DAMP)
-    return {name: whole[first] for name, first in owner.items()}
+    for name in patches:
+        site, module = _module(model, adapter, patches[name])
+        weight = matrix_of(module, site).double()
+        if name in narrow:
+            product, mean = sums.pop(name).double(), squares[name] / site.d_in
+        elif name in owner:
+            first = owner[name]
+            if first not in whole:
+                half = sums.pop(first).triu().double()
+                whole[first] = half + half.T - half.diagonal().diag()
+            product, mean = weight @ whole[first], whole[first].diagonal().mean()
+        else:
+            continue  # it was not called
+        yield name, product / mean.clamp_min(torch.finfo(product.dtype).tiny) + DAMP * weight
 
 
 def _gradients(model: Model, adapter: Adapter, patches: Mapping[str, Any], batches: Batches) -> dict[str, Tensor]:
@@ -224,7 +250,7 @@ def _components(
     owner: dict[str, str] = {}
     settled: set[str] = set()
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, y: Tensor) -> None:
         if name not in seen:
             seen[name] = Components(max(most.values()))
             seen[name].k = min(seen[name].k, x.shape[-1])

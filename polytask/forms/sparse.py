@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.errors import AdapterError, ConfigError
-from polytask.core.form import Form, Patch, forms
+from polytask.core.form import Form, Part, Patch, forms
 from polytask.core.site import Site
 
+from . import _fewer
 from .full import DensePatch, Parameters
 from .importance import fisher, largest
 
@@ -218,9 +219,14 @@ class TRPTS(Sparse):
         fewest: weights per output in the layer with the smallest part.
         most: no layer has more than this many times ``fewest``.
         samples: examples that F is measured on.
+        keep: the part of an image's tokens that stay after a block: those that the class token looks at most, while the others
+            become one, their mean weighted by that attention. All at 1.0. Below 1 the network has fewer tokens on its way, so
+            the adapter acts alone on all rows of a batch.
+        merges: after how many blocks: those with the fewest trained weights, and never the last. Without data, all.
 
-    Reference: TR-PTS: Task-Relevant Parameter and Token Selection for Efficient Tuning, arXiv 2507.22872. The
-    selection of tokens is not part of this form; a layer that has none of the largest F gets the smallest budget.
+    Reference: TR-PTS: Task-Relevant Parameter and Token Selection for Efficient Tuning, arXiv 2507.22872, with ``keep``
+    0.95. A layer that has none of the largest F gets the smallest budget. In later attentions a merged token counts as
+    often as it has tokens in it, which is ours: merging equal tokens then changes nothing.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -230,6 +236,8 @@ class TRPTS(Sparse):
     fewest: int = 1
     most: int = 8
     samples: int = 100
+    keep: float = 1.0
+    merges: int = 3
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
     begin_rows: ClassVar[int | None] = 1
@@ -246,6 +254,40 @@ class TRPTS(Sparse):
                 "TRPTS: fewest, most and samples must be at least 1, got "
                 f"fewest={self.fewest!r}, most={self.most!r}, samples={self.samples!r}"
             )
+        if not 0.0 < self.keep <= 1.0 or self.merges < 1:
+            raise ConfigError(
+                "TRPTS: keep must be above 0 and at most 1, and merges at least 1, got "
+                f"keep={self.keep!r} and merges={self.merges!r}"
+            )
+        if self.keep < 1.0:
+            object.__setattr__(self, "default_sites", f"({type(self).default_sites}){_fewer.WHERE}")
+            object.__setattr__(self, "mergeable", False)
+
+    def refuses(self, site: Site) -> str:
+        reason = _fewer.refusal(site, self.keep)
+        return super().refuses(site) if reason is None else reason
+
+    def patch(self, site: Site) -> Patch:
+        return _fewer.patch_at(self, site) if site.kind in ("block", "attention") else super().patch(site)
+
+    def shared(self, sites: Sequence[Site]) -> Part | None:
+        if self.keep == 1.0:
+            return None
+        way = _fewer.Way(self)
+        way.first = _fewer.first_of(list(sites))
+        return way
+
+    def made(self, model: Model, patches: dict[str, Patch]) -> None:  # type: ignore[override]
+        if self.keep < 1.0:
+            _fewer.prepare(model, patches)
+
+    def measured(self, model: Model, adapter: Adapter) -> dict[str, Any]:
+        whole = sum(p.numel() for p in model.module.parameters())
+        found: dict[str, Any] = {"trained_percent": round(100.0 * adapter.size / whole, 4)}
+        if self.keep < 1.0:
+            tokens, ratio = _fewer.cost(model, adapter, self.keep)
+            found |= {"tokens": tokens, "operations": round(ratio, 4)}
+        return found
 
     def places(self, patch: SparsePatch, generator: torch.Generator) -> Tensor:
         return _per_output(torch.rand(patch.total, generator=generator), patch.site, self.fewest)
@@ -254,7 +296,14 @@ class TRPTS(Sparse):
         patches = {n: p for n, p in adapter.patches.items() if isinstance(p, SparsePatch)}
         for patch in patches.values():
             patch.hold(None)
-        scores = fisher([patch.values for patch in patches.values()], batches[: self.samples])
+        way = adapter.shared
+        if way is not None:
+            way.off = True  # type: ignore[assignment]  # F is that of the whole image
+        try:
+            scores = fisher([patch.values for patch in patches.values()], batches[: self.samples])
+        finally:
+            if way is not None:
+                way.off = False  # type: ignore[assignment]
         count = max(1, round(self.density * sum(len(s) for s in scores)))
         parts = [max(1, len(at)) for at in largest(scores, count)]  # how many of the largest each layer has
         budget = [min(self.most * self.fewest, round(self.fewest * part / min(parts))) for part in parts]
@@ -263,6 +312,8 @@ class TRPTS(Sparse):
             for (name, patch), score, each in zip(patches.items(), scores, budget, strict=True)
         }
         self.choose(adapter, chosen)
+        if self.keep < 1.0:
+            _fewer.settle(adapter.patches, self.merges)
 
 
 def _per_output(scores: Tensor, site: Site, each: int) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,12 @@ from polytask.core.site import Site
 from .factored import FactoredPatch
 from .lora import PLAIN_STARTS, LoRA
 
+if TYPE_CHECKING:
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+
 Made = tuple[Tensor, Tensor]
+EXACT = 1024  # sides of a weight up to which all its singular values are computed to measure something
 
 
 @dataclass(frozen=True)
@@ -157,13 +162,24 @@ def low_rank_svd(matrix: Tensor, rank: int, iterations: int, generator: torch.Ge
     return (Q @ U)[:, :rank], S[:rank], Vh[:rank]
 
 
+def leading_values(matrix: Tensor, count: int) -> Tensor:
+    """The largest singular values, descending: all are computed up to a side of 1024, beyond that by subspace iteration."""
+    wide = matrix.double()
+    if min(wide.shape) <= EXACT:
+        gram = wide @ wide.T if wide.shape[0] < wide.shape[1] else wide.T @ wide
+        return torch.linalg.eigvalsh(gram).flip(0)[:count].clamp_min(0.0).sqrt()
+    found: Tensor = low_rank_svd(wide, count, 24, torch.Generator().manual_seed(0), more=count)[1]
+    return found
+
+
 def excess(weight: Tensor, product: Tensor, rank: int) -> float:
     """How much worse a product of rank r fits a weight [o, i] than the best one: 0 for a full SVD, 0.01 for 1 % more error.
 
-    The ratio of ``|W - product|`` to the root of the squared singular values beyond r, less one. It costs a full SVD.
+    The ratio of ``|W - product|`` to the root of the squared singular values beyond r, less one.
     """
-    best = torch.linalg.svdvals(weight.double())[rank:].square().sum().sqrt()
-    return float((weight.double() - product.double()).norm() / best) - 1.0
+    wide = weight.double()
+    best = (wide.square().sum() - leading_values(weight, rank).square().sum()).clamp_min(1e-30).sqrt()
+    return float((wide - product.double()).norm() / best) - 1.0
 
 
 @start("pissa", scaled=True, reads=_whole, option=0)
@@ -239,22 +255,20 @@ def corda(weight: Tensor, rank: int, generator: torch.Generator, seen: Tensor, m
     """Directions by what the inputs use: of ``svd(W C) = U S V^T`` the r largest (``corda:ipm``, instruction-previewed) or
     smallest (``corda:kpm``, knowledge-preserved), ``B = U_k sqrt(S_k)``, ``A = sqrt(S_k) V_k^T C^-1 = U_k^T W / sqrt(S_k)``.
 
-    ``seen`` is C [i, i], the inputs' mean second moment plus 1 % of its mean diagonal. Yang et al., CorDA:
+    ``seen`` is W C [o, i], where C is the inputs' mean second moment plus 1 % of its mean diagonal. Yang et al., CorDA:
     Context-Oriented Decomposition Adaptation of Large Language Models, arXiv 2406.05223. Where its code and PEFT divide each
     batch by its largest entry, ours counts every token alike and divides C by its mean diagonal: the product does not depend
     on the scale of C, the balance of A and B does. In double precision C needs neither an inverse nor more damping.
     """
-    wide = weight.double()
-    product = wide @ seen.to(wide)
-    if product.shape[0] <= product.shape[1]:
-        values, U = torch.linalg.eigh(product @ product.T)
-    else:
-        values, V = torch.linalg.eigh(product.T @ product)
-        U = product @ V
-        U = U / U.norm(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
+    wide, product = weight.double(), seen.double()
+    tall = product.shape[0] > product.shape[1]
+    values, vectors = torch.linalg.eigh(product.T @ product if tall else product @ product.T)
     chosen = slice(0, rank) if mode == "kpm" else slice(len(values) - rank, len(values))  # they ascend
     S = values[chosen].clamp_min(float(values[-1]) * 1e-24).sqrt()
-    U = U[:, chosen]
+    U = vectors[:, chosen]
+    if tall:
+        U = product @ U
+        U = U / U.norm(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
     return ((U.T @ wide) / S.sqrt()[:, None]).float(), (U * S.sqrt()).float()
 
 
@@ -303,6 +317,24 @@ def matrix_of(base: nn.Module, site: Site) -> Tensor:
     if site.kind == "conv":
         return weight.flatten(1)
     return weight.T if site.transposed or site.kind == "embedding" else weight
+
+
+def measured(form: LoRA, model: Model, adapter: Adapter) -> dict[str, Any]:
+    """What an adapter's card keeps of its start: how far off a randomised SVD was."""
+    chosen = start_of(form.init)
+    if chosen.make is not pissa or not chosen.option:
+        return {}
+    errors = {}
+    for name, patch in adapter.patches.items():
+        if isinstance(patch, StartPatch):
+            site = adapter.fit(patch, model)
+            taken = patch.form.scale * patch.B0.flatten(1) @ patch.A0.flatten(1)
+            weight = matrix_of(model.module.get_submodule(site.path), site)
+            errors[name] = float(f"{max(0.0, excess(weight, taken, patch.form.rank)):.3g}")
+    return {
+        "excess error of the randomised SVD": max(errors.values(), default=0.0),
+        "excess error by site": errors,
+    }
 
 
 class StartPatch(FactoredPatch):

@@ -5,15 +5,13 @@ Shapes: i = d_in, o = d_out, R the current rank.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.site import Site
@@ -25,7 +23,8 @@ class Tri(Form):
     """A low-rank change with a core that can grow at its border: ``c(x) = s B (L + U) A x``, L lower and U upper.
 
     Both triangles have the diagonal, and ``s = alpha / reference``. Growing adds rows to A, zero columns to B and a
-    border to L and U; what is computed stays the same (see `TriPatch.grow` and `Growth`). Starts at zero, by B.
+    border to L and U; what is computed stays the same (see `TriPatch.grow`). The budget ``triangular`` decides which layers
+    grow while a LoRA learns. Starts at zero, by B.
 
     Args:
         rank: R at first.
@@ -116,56 +115,3 @@ class TriPatch(Patch):
 
     def _up(self) -> Tensor:
         return self.B @ (self.core * self.form.scale)
-
-
-@dataclass
-class Growth:
-    """Decides which sites of a `Tri` adapter grow: those whose core has gained most since the last look.
-
-    Args:
-        target: mean rank over the sites at which growing ends.
-        by: what a site's rank grows by.
-        steps: of the whole training.
-        warmup: steps before the first look.
-        schedule: how many sites grow at most, of the rank that is still to give: the fraction of the time that has
-            passed (``"linear"``), or its power (``"exponential"``).
-        seed: of the new rows.
-
-    Attributes:
-        ranks: the rank of every site after each look.
-    """
-
-    target: int = 8
-    by: int = 4
-    steps: int = 1000
-    warmup: int = 0
-    schedule: Literal["linear", "exponential"] = "linear"
-    seed: int = 0
-    ranks: list[dict[str, int]] = field(default_factory=list)
-    _scores: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("linear", "exponential"):
-            raise ConfigError(f"Growth: schedule must be one of linear, exponential, got {self.schedule!r}")
-        if self.by < 1 or self.target < 1 or self.steps <= self.warmup:
-            raise ConfigError("Growth: by and target must be at least 1, and steps more than warmup")
-
-    def look(self, adapter: Adapter, step: int) -> list[str]:
-        """Grows the sites that have earned it, and says which. The adapter's model must `rebind` it afterwards."""
-        patches = {name: patch for name, patch in adapter.patches.items() if isinstance(patch, TriPatch)}
-        total = sum(patch.form.rank for patch in patches.values())
-        left = self.target * len(patches) - total
-        size = {name: float(patch.core.detach().norm()) / patch.form.rank for name, patch in patches.items()}
-        gain = {name: value - self._scores.get(name, 0.0) for name, value in size.items()}
-        self._scores = size
-        grown: list[str] = []
-        if left > 0 and step >= self.warmup:
-            t = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
-            count = int(left * t) if self.schedule == "linear" else int(math.exp(t * math.log(left)))
-            bar = sorted(gain.values(), reverse=True)[min(max(count, 1), len(gain)) - 1]
-            grown = [name for name in patches if gain[name] >= bar]
-        for name in grown:
-            generator = torch.Generator().manual_seed(self.seed + len(self.ranks) * len(patches) + grown.index(name))
-            patches[name].grow(self.by, generator)
-        self.ranks.append({name: patch.form.rank for name, patch in patches.items()})
-        return grown

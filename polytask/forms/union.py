@@ -100,6 +100,19 @@ class Union(Form):
             if type(form).begin is not Form.begin:
                 form.begin(model, self._part(adapter, i), batches)
 
+    def stepped(self, adapter: Adapter) -> None:
+        for i, form in enumerate(self.forms):
+            if type(form).stepped is not Form.stepped:
+                form.stepped(self._part(adapter, i))
+
+    def measured(self, model: Model, adapter: Adapter) -> dict[str, Any]:
+        return {
+            f"{form.name}, {name}": value
+            for i, form in enumerate(self.forms)
+            if type(form).measured is not Form.measured
+            for name, value in form.measured(model, self._part(adapter, i)).items()
+        }
+
     def finish(self, adapter: Adapter) -> Adapter:
         """What remains once it has learned: each part's own."""
         from polytask.core.adapter import Adapter

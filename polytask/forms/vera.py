@@ -5,6 +5,7 @@ Shapes: i = d_in, o = d_out, r rank, I and O the largest i and o among the sites
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -146,6 +147,33 @@ class Projections(Part):
         self.A = self.A.new_empty(self.form.rank, d_in)
         self.start(torch.Generator())
 
+    def project(self, x: Tensor) -> Tensor:
+        """``A x``, made once where several sites get the same x, as queries, keys and values do.
+
+        Nothing is kept alive for that: with gradients the product lives in the graph, without as long as x itself.
+        """
+        A = self.A
+        if torch.compiler.is_compiling() or x.is_inference() or A.is_inference():
+            return F.linear(x, A[:, : x.shape[-1]].to(x.dtype))
+        grad = torch.is_grad_enabled() and x.requires_grad
+        key = (grad, x._version, A._version, id(A))
+        kept = self.__dict__.get("_last")
+        if kept is not None and kept[0]() is x and kept[1] == key and (h := kept[2]()) is not None:
+            return h  # type: ignore[no-any-return]
+        h = F.linear(x, A[:, : x.shape[-1]].to(x.dtype))
+        # a site's product with l_d keeps h in its graph; where there is none, the entry keeps it until x is gone
+        last: Any = weakref.ref(h) if torch.is_grad_enabled() else lambda h=h: h
+        self.__dict__["_last"] = (weakref.ref(x, self._forget), key, last)
+        return h
+
+    def _forget(self, gone: Any) -> None:
+        kept = self.__dict__.get("_last")
+        if kept is not None and kept[0] is gone:
+            del self.__dict__["_last"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_last"}
+
 
 class VeRAPatch(Patch):
     """l_d [r] and l_b [o]."""
@@ -175,8 +203,11 @@ class VeRAPatch(Patch):
         return F.linear(self._inner(x), self._B().to(x.dtype)) * self.l_b.to(x.dtype)
 
     def add(self, x: Tensor, y: Tensor, out: Tensor, weight: float = 1.0, call: Call = NO_CALL) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != out.dtype:
+        if x.dtype != out.dtype:
             return super().add(x, y, out, weight, call)
+        if torch.is_grad_enabled():
+            product = F.linear(self._inner(x), self._B().to(x.dtype))
+            return torch.addcmul(out, product, self.l_b.to(x.dtype), value=weight)
         # no gradients: l_b goes into B, which is smaller than the output
         B = (self._B() * (self.l_b * weight)[:, None]).to(x.dtype)
         h = self._inner(x)
@@ -190,7 +221,7 @@ class VeRAPatch(Patch):
     def _inner(self, x: Tensor) -> Tensor:
         if self.form.dropout and self.dropping:
             x = F.dropout(x, self.form.dropout, training=True)
-        return F.linear(x, self.shared.A[:, : x.shape[-1]].to(x.dtype)) * self.l_d.to(x.dtype)  # [..., r]
+        return self.shared.project(x) * self.l_d.to(x.dtype)  # type: ignore[no-any-return]  # [..., r]
 
     def _B(self) -> Tensor:
         return self.shared.B[: self.site.d_out]

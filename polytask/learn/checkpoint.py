@@ -40,6 +40,7 @@ def save(folder: Path, courses: Sequence[Course], key: str) -> None:
             tensors[f"{i}/now/{name}"] = value
         for name, value in (course.best[2] if course.best else {}).items():
             tensors[f"{i}/best/{name}"] = value
+        tensors |= {f"{i}/mean/{name}": value for name, value in course.mean.items()}
         for number, moments in course.optimiser.state_dict()["state"].items():
             for name, value in moments.items():
                 tensors[f"{i}/optimiser/{number}/{name}"] = torch.as_tensor(value)
@@ -86,6 +87,7 @@ def restore(folder: Path, courses: Sequence[Course], key: str) -> bool:
         course.step, course.worse, course.stopped, course.scores = (
             kept["step"], kept["worse"], kept["stopped"], kept["scores"],
         )  # fmt: skip
+        course.mean = _under(tensors, f"{i}/mean/")
         if course.controller is not None:
             course.controller.load(_under(tensors, f"{i}/budget/"))
         if kept["best"]:

@@ -39,6 +39,7 @@ class Course:
         begun: whether the adapter has had its start, also the part that looks at data.
         best: (score, step, state) of the best evaluation on dev.
         budget: how its ranks are dealt out.
+        mean: the weighted sum of the states at the ends of the epochs so far, where the form learns their average.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Course:
     scores: list[dict[str, Any]] = field(default_factory=list)
     budget: Budget | None = None
     controller: Controller | None = None
+    mean: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = list(self.adapter.patches)  # a start or a budget may take some away
@@ -75,6 +77,9 @@ class Course:
         self.micro = math.ceil(self.per_epoch * self.schedule.epochs)
         self.total = math.ceil(self.micro / self.schedule.accumulate)
         count = self.schedule.evaluations or max(1, math.ceil(self.schedule.epochs))
+        ends = range(1, math.ceil(self.schedule.epochs) + 1)
+        self.ends = [min(self.total, math.ceil(k * self.per_epoch / self.schedule.accumulate)) for k in ends]
+        self.averages = self.adapter.form.averages(len(self.ends))
         self.checks = {round(self.total * (i + 1) / count) for i in range(count)}
 
     def prepare(self) -> None:
@@ -144,12 +149,30 @@ class Course:
         if not math.isfinite(norm):
             raise LearnError(f"the gradient of {self.name!r} is not a number")
         self.optimiser.step()
+        self.adapter.form.stepped(self.adapter)
         self.scheduler.step()
         self.step += 1
+        self._average()
         if self.controller is not None:
             self.controller.after(self.step)
         self.optimiser.zero_grad(set_to_none=True)
         return norm
+
+    def _average(self) -> None:
+        """Adds the state at the end of an epoch to the average, where the form learns one."""
+        if self.averages is None or self.step not in self.ends:
+            return
+        weight = self.averages[self.ends.index(self.step)]
+        for name, value in self.adapter.state().items():
+            if value.is_floating_point():
+                self.mean[name] = self.mean.get(name, torch.zeros_like(value)) + weight * value
+
+    def take_best(self) -> None:
+        """Puts the adapter where learning ends: at the average of its epochs, the best state on dev, or where it is."""
+        if self.mean:
+            self.adapter.load_state({**self.adapter.state(), **self.mean})
+        elif self.best is not None:
+            self.adapter.load_state(self.best[2])
 
     def evaluate(self, model: Model) -> dict[str, Any] | None:
         """Scores the adapter on dev and keeps the best state. None without dev examples."""
@@ -180,10 +203,18 @@ class Course:
         return record
 
     def _optimiser(self) -> torch.optim.Optimizer:
-        patches = [p for part in self.adapter.parts.values() for p in part.parameters() if p.requires_grad]
-        heads = [p for head in self.adapter.heads.values() for p in head.parameters()]
-        groups: list[dict[str, Any]] = [{"params": patches, "lr": self.lr, "weight_decay": self.schedule.weight_decay}]
-        if heads:
-            groups.append({"params": heads, "lr": self.schedule.head_lr or self.lr, "weight_decay": 0.0})
-        same = {p.device.type for p in patches + heads} <= {"cpu", "cuda"}
+        patches: dict[float, list[torch.nn.Parameter]] = {self.lr: []}  # by their learning rate
+        for part in self.adapter.parts.values():
+            for name, p in part.named_parameters():
+                if p.requires_grad:
+                    patches.setdefault(self.lr * part.form.rate(name), []).append(p)
+        heads: dict[float, list[torch.nn.Parameter]] = {}  # by their learning rate
+        for head in self.adapter.heads.values():
+            own = list(head.parameters())
+            if own:
+                heads.setdefault(self.schedule.head_lr or self.lr * head.lr_factor, []).extend(own)
+        decay = self.schedule.weight_decay
+        groups: list[dict[str, Any]] = [{"params": p, "lr": r, "weight_decay": decay} for r, p in patches.items()]
+        groups += [{"params": some, "lr": lr, "weight_decay": 0.0} for lr, some in heads.items()]
+        same = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
         return torch.optim.AdamW(groups, fused=same)

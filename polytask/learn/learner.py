@@ -19,7 +19,7 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, LearnError
 from polytask.core.files import CONFIG
 from polytask.core.form import Form
-from polytask.core.head import Head, LinearHead, Out, Row, collate, head_for, split, trunk
+from polytask.core.head import Head, LinearHead, Out, Row, Seen, collate, head_for, split, trunk
 from polytask.core.measure import peak_memory
 from polytask.core.memory import memory_advice
 from polytask.core.mix import PerRow, Single
@@ -159,7 +159,7 @@ def _fresh(
     adapter.to(model.device)
     for task in tasks:
         kept = adapter.heads.get(task.name)
-        fresh = head_for(model, task, stage.seed)
+        fresh = head_for(model, task, stage.seed, adapter.form, stage.schedule.head)
         same = kept is not None and kept.settings() == fresh.settings()
         adapter.heads[task.name] = kept if same and kept is not None else fresh.to(model.device)
         if not same:
@@ -255,7 +255,7 @@ class Run:
                 rows = [item for items in drawn for item in items]
                 drawn = [rows[at : at + size] for at in range(0, len(rows), size)]
             batches = [
-                lambda items=items, course=course: self._losses([(course, items)])[0]  # type: ignore[misc]
+                lambda items=items, course=course: self._losses([(course, items)], whole=True)[0]  # type: ignore[misc]
                 for items in drawn
             ]
             with self.model.using(course.name):
@@ -335,9 +335,12 @@ class Run:
         penalty = course.adapter.form.penalty(course.adapter)
         return loss if penalty is None else loss + penalty / self.accelerator.num_processes  # which are added up
 
-    def _losses(self, drawn: Sequence[tuple[Course, Sequence[tuple[int, int]]]]) -> list[Tensor]:
-        """The loss of each course's batch, from one forward for all that need the same of the base."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+    def _losses(self, drawn: Sequence[tuple[Course, Sequence[tuple[int, int]]]], whole: bool = False) -> list[Tensor]:
+        """The loss of each course's batch, from one forward for all that need the same of the base.
+
+        Each process takes its share of the rows, or the ``whole``: a start that looks at data must be the same in all.
+        """
+        rank, world = (0, 1) if whole else (self.accelerator.process_index, self.accelerator.num_processes)
         parts: list[tuple[int, Head, list[Row]]] = []  # (course, head, its rows here)
         divisors = [0.0] * len(drawn)
         for number, (course, items) in enumerate(drawn):
@@ -348,10 +351,13 @@ class Run:
                 if mine:
                     parts.append((number, head, mine))
         sums: list[Tensor] = [torch.zeros((), device=self.model.device, requires_grad=True) for _ in drawn]
-        for kind in dict.fromkeys(head.trunk for _, head, _ in parts):
-            group = [part for part in parts if part[1].trunk == kind]
+        for kind in dict.fromkeys(head.group for _, head, _ in parts):
+            group = [part for part in parts if part[1].group == kind]
             for (number, head, rows), out in zip(group, self._forward(group, drawn), strict=True):
                 values, _ = self.objective(head, out, rows)
+                course = drawn[number][0]
+                seen = Seen(self.model, course.name, course.adapter, course.task_of(head), rows, out)
+                values = course.adapter.form.loss(seen, values)
                 sums[number] = sums[number] + values.sum()
         return [total / divisor for total, divisor in zip(sums, divisors, strict=True)]
 
@@ -439,6 +445,7 @@ class Run:
                     course.name = f"{course.name}+learning"
                 self.model.attach(course.adapter, course.name)
                 stack.callback(self.model.detach, course.name)
+                stack.enter_context(course.adapter.form.beside(self.model, course.adapter))
             module.train(self.courses[0].schedule.base_dropout)
             _attach.train_sites(self.model._hub, [course.name for course in self.courses])
             yield
@@ -451,9 +458,9 @@ class Run:
         import polytask
 
         for course in self.courses:
-            if course.best is not None:
-                course.adapter.load_state(course.best[2])
+            course.take_best()
             trained = sum(p.numel() for p in course.adapter.parameters() if p.requires_grad)
+            measured = course.adapter.form.measured(self.model, course.adapter)
             course.adapter = course.adapter.form.finish(course.adapter)
             card = course.adapter.card
             card.tasks = [{**task.summary(), "hash": task.hash} for task in course.tasks]
@@ -468,6 +475,8 @@ class Run:
                 "trained_parameters": trained, "lr": course.lr,
                 "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
             }  # fmt: skip
+            if measured:
+                card.training["measured"] = measured
             if course.budget is not None:
                 card.training["ranks"] = ranks(course.adapter, course.budget, course.sites, course.controller)
             card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
@@ -488,6 +497,6 @@ def _flags(adapter: Adapter) -> Any:
 
 def _weight(head: Head, row: Row) -> float:
     """What a row counts in the divisor of its batch's loss: 1, or its scored tokens."""
-    if head.trunk == "features":
+    if head.trunk != "likelihood":
         return 1.0
     return float(sum(len(s) - at for s, at in zip(row.sequences, row.starts, strict=True)))

@@ -125,6 +125,8 @@ class Comparison:
             scores[method, task] = Score(value, low, high, str(row.get("note") or ""))
         if table.get("cross"):
             _check_cross(table["cross"])
+        for place, entry in enumerate(table.get("ranks") or []):
+            _check_ranks(entry, f"ranks[{place}]")
         return cls(list(tasks.values()), methods, scores, table)
 
     def score(self, method: str, task: Column) -> Score:
@@ -218,6 +220,10 @@ def render(table: Mapping[str, Any]) -> str:
         base=data.table.get("base") or {},
         cross=cross,
         forgetting=_forgetting(data),
+        ranks=[
+            (ranks_words(e), Markup(_draw.svg(_draw.ranks(e), f"ranks{i}", ranks_words(e))) if i < MOST_RANKS else "")
+            for i, e in enumerate(data.table.get("ranks") or [])
+        ],
         settings=data.table.get("settings") or {},
         paint=_draw.PAINT,
         probes=bool(cross) or any("probe" in m for m in data.methods),
@@ -227,7 +233,8 @@ def render(table: Mapping[str, Any]) -> str:
 
 
 def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Writes the page's pictures as PNG on white, for a README: ``scores.png`` and, where measured, ``cross.png``.
+    """Writes the page's pictures as PNG on white, for a README: ``scores.png`` and, where measured, ``cross.png`` and
+    ``ranks-1.png`` and so on, one for each adapter whose ranks a budget dealt out.
 
     Raises:
         DataError: see `Comparison.read`.
@@ -237,6 +244,7 @@ def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
 
     data, folder = Comparison.read(table), Path(folder)
     drawn = {"scores.png": _draw.scores(data)} | ({"cross.png": _draw.cross(data)} if data.table.get("cross") else {})
+    drawn |= {f"ranks-{i + 1}.png": _draw.ranks(e) for i, e in enumerate((data.table.get("ranks") or [])[:MOST_RANKS])}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
@@ -244,6 +252,7 @@ def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
     return [folder / name for name in drawn]
 
 
+MOST_RANKS = 6  # adapters whose ranks are drawn; of every one there is a sentence
 COSTS = {
     "trained_parameters": "Trained parameters",
     "bytes": "On disk",
@@ -428,6 +437,21 @@ def cross_words(data: Comparison) -> str:
     )
 
 
+def ranks_words(entry: Mapping[str, Any]) -> str:
+    """``“sst2”: 288 ranks dealt out by adalora among 36 sites, from 0 to 12 at a site, most at ...; 3 sites have none.``"""
+    found = entry["sites"]
+    least, most = min(found.values()), max(found.values())
+    text = (
+        f"\u201c{entry['adapter']}\u201d: {sum(found.values())} ranks dealt out by {entry.get('budget') or 'a budget'}"
+    )
+    text += f" among {len(found)} site{'s' * (len(found) != 1)}"
+    if least == most:
+        return f"{text}, {most} at each."
+    text += f", from {least} to {most} at a site, most at {listed([n for n, r in found.items() if r == most], 3)}"
+    none = sum(rank == 0 for rank in found.values())
+    return f"{text}; {none} ha{'ve' if none > 1 else 's'} none." if none else f"{text}."
+
+
 # Checks and small tables
 
 
@@ -466,6 +490,20 @@ def _check_cross(cross: Mapping[str, Any]) -> None:
     for adapter, row in zip(adapters, [*values, cross.get("base") or []], strict=False):
         for task, value in zip(tasks, row, strict=False):
             _number(value, f"cross.values of {adapter!r} on {task!r}")
+
+
+def _check_ranks(entry: Any, where: str) -> None:
+    from ..core.errors import DataError
+
+    sites = entry.get("sites") if isinstance(entry, Mapping) else None
+    if not entry or not isinstance(sites, Mapping) or not sites or not entry.get("adapter"):
+        raise DataError(f"{where} must have an 'adapter' and 'sites' with a rank each; it is {entry!r}")
+    rows = entry.get("history") or []
+    if not rows or any(not isinstance(row, list) or len(row) != len(sites) + 1 for row in rows):
+        raise DataError(f"{where}.history must have rows of a step and {len(sites)} ranks, one for each site")
+    for value in [*sites.values(), *(value for row in rows for value in row)]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise DataError(f"{where} has {value!r}; steps and ranks must be whole numbers of at least 0")
 
 
 def _grid(data: Comparison, notes: list[str]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Drawing: the scores as dots with intervals, and the cross matrix as a heat map.
+"""Drawing: the scores as dots with intervals, the cross matrix and the ranks of a budget as heat maps.
 
 A picture is drawn once. As SVG its text stays text, in the page's own font, and its colours become CSS variables, so
 that it follows the page's light or dark colours; as PNG it has the light ones on white. matplotlib is imported when
@@ -16,7 +16,7 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -377,6 +377,69 @@ def _key(figure: Figure, left: float, whole: float, height: float) -> None:
     steps = [[colormaps["RdBu"](0.13 + 0.74 * i / 8)[:3] for i in range(9)]]
     axes.pcolormesh([0.4 + 0.13 * i for i in range(10)], [0.03, 0.17], steps, edgecolors=PAPER, linewidth=0.4)
     axes.text(1.65, 0.1, "better than the base", va="center", fontsize=SMALL, color=MUTED)
+
+
+# Ranks
+
+
+MOST_ROWS = 48  # sites with a row each; of more, the mean of each layer is drawn
+
+
+def rank_rows(entry: Mapping[str, Any]) -> tuple[list[str], list[int], list[list[float]]]:
+    """Labels of the rows, steps, and the rank of each row at each step.
+
+    A row is a site, called by its path without what all paths have in common; or a layer where there are many.
+    """
+    sites, history = list(entry["sites"]), entry["history"]
+    paths = [site.split(".") for site in sites]
+    same = 0
+    while all(len(path) > same + 1 for path in paths) and len({path[same] for path in paths}) == 1 < len(paths):
+        same += 1
+    steps, columns = [row[0] for row in history], [row[1:] for row in history]
+    if len(sites) <= MOST_ROWS:
+        return [".".join(path[same:]) for path in paths], steps, [list(row) for row in zip(*columns, strict=True)]
+    layers: dict[str, list[int]] = {}
+    for place, path in enumerate(paths):
+        number = next((part for part in path if part.isdigit()), None)
+        layers.setdefault("outside the layers" if number is None else f"layer {number}", []).append(place)
+    means = [[sum(row[i] for i in places) / len(places) for row in columns] for places in layers.values()]
+    return [f"{name}, mean of {len(places)}" for name, places in layers.items()], steps, means
+
+
+def ranks(entry: Mapping[str, Any]) -> Figure:
+    """The rank of each site (rows) after some steps (columns): darker is more. The last column has its numbers beside it."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    names, steps, values = rank_rows(entry)
+    names = [fit(name, 2.9, SMALL) for name in names]
+    left = max(width(name, SMALL) for name in names) + 0.2
+    cell = min(0.6, max(0.28, (WIDTH - left - 0.6) / len(steps)))
+    high = 0.17
+    whole, height = left + cell * len(steps) + 0.5, 0.12 + high * len(names) + 0.5
+    top = max(map(max, values)) or 1
+    with _style():
+        figure = Figure(figsize=(whole, height))
+        axes = figure.add_axes((left / whole, 0.5 / height, cell * len(steps) / whole, high * len(names) / height))
+        axes.set(xlim=(0, len(steps)), ylim=(len(names), 0))
+        axes.axis("off")
+        tones = [[colormaps["Blues"](0.06 + 0.86 * value / top)[:3] for value in row] for row in values]
+        x, y = list(range(len(steps) + 1)), list(range(len(names) + 1))
+        axes.pcolormesh(x, y, tones, edgecolors=PAPER, linewidth=0.8)
+        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL, "annotation_clip": False}
+        for place, name in enumerate(names):
+            axes.annotate(name, (0, place + 0.5), xytext=(-5, 0), ha="right", va="center", **look)
+            end = f"{values[place][-1]:.1f}".removesuffix(".0")
+            axes.annotate(end, (len(steps), place + 0.5), xytext=(5, 0), ha="left", va="center", color=MUTED, **look)
+        free = math.inf  # how much room there is to the left of what was written
+        for place in range(len(steps) - 1, -1, -1):
+            text = f"{steps[place]:,}"
+            half, middle = width(text, SMALL) / 2 + 0.04, (place + 0.5) * cell
+            if middle + half <= free:
+                axes.annotate(text, (place + 0.5, len(names)), xytext=(0, -5), ha="center", va="top", **look)
+                free = middle - half
+        figure.text(left / whole, 0.08 / height, "optimiser step", fontsize=SMALL, color=MUTED)
+    return figure
 
 
 # Files

@@ -1,0 +1,1 @@
+"""A search on one real set, and what its best find is worth on another: ``python -m experiments.search``."""

@@ -1,0 +1,1 @@
+"""Where an adapter starts from, compared on real data; ``python -m experiments.starts``."""
