@@ -1,9 +1,9 @@
 """A small CLIP-like model of photos and digits: ``python -m experiments.vision_language.small_clip [--out DIR]``.
 
 Trained from scratch on 10,000 small photos of ten kinds and 10,000 handwritten digits, with the sentences of
-``data/classes.yaml``, and kept as a folder that ``polytask.Model.load``, ``AutoModel`` and ``AutoProcessor`` read. A tenth of the training images is
-held out and only reported on; the test images are never trained on. All twenty classes are seen in training: a class is "new"
-to a prompt learned on others, not to this model.
+``data/classes.yaml``, and kept as a folder that ``polytask.Model.load``, ``AutoModel`` and ``AutoProcessor`` read. A tenth of
+the training images is held out and only reported on; the test images are never trained on. All twenty classes are seen in
+training: a class is "new" to a prompt learned on others, not to this model.
 
 The loss is CLIP's in both directions, with shared targets, as a class has many right captions in a batch:
 

@@ -48,6 +48,7 @@ class Hyper(Form):
             the prototype of its task; 0 for none. While it learns, the base runs once more without the adapter, and
             ``contrast`` times two losses over ``cos / temperature`` are added: InfoNCE among the inputs of a batch by task,
             and of each input with its prototype. `Hyper.retrieve` and `Hyper.extend` use it.
+        features: d of that vector; read off the base when 0.
         contrast: the weight of these losses.
         temperature: what the cosines are divided by.
         exclude: leave an input's own prototype out of the sum that it is compared with, so that the loss has no lower bound
@@ -69,6 +70,7 @@ class Hyper(Form):
     embedding: int = 32
     hidden: int = 64
     retriever: int = 0
+    features: int = 0
     contrast: float = 0.1
     temperature: float = 0.1
     exclude: bool = True
@@ -110,9 +112,8 @@ class Hyper(Form):
     def shared(self, sites: Sequence[Site]) -> Part:
         return HyperNetwork(self)
 
-    def made(self, model: Model, patches: Mapping[str, Patch]) -> None:
-        if self.retriever:
-            next(iter(patches.values())).shared.look_at(model.width)
+    def fitted(self, model: Model) -> Hyper:
+        return replace(self, features=model.width) if self.retriever and not self.features else self
 
     def loss(self, seen: Seen, values: Tensor) -> Tensor:
         own: Any = seen.adapter.shared
@@ -250,24 +251,11 @@ class HyperNetwork(Part):
         ):  # fmt: skip
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.waiting: list[tuple[str, Tensor]] = []  # r of the batch that is being learned from, by task
-        self._seed = 0
         if form.retriever:
-            self.look_at(0)
-
-    def look_at(self, width: int) -> None:
-        """Gives the retriever the width d of what it looks at, and fresh values."""
-        e, h = self.form.embedding, self.form.retriever
-        generator = torch.Generator().manual_seed(self._seed)
-        for name, shape in (("see", (h, width)), ("see_bias", (h,)), ("tell", (e, h)), ("tell_bias", (e,))):
-            value = torch.zeros(shape)
-            if not name.endswith("bias"):
-                value.normal_(std=max(1, shape[1]) ** -0.5, generator=generator)
-            self.register_parameter(name, nn.Parameter(value))
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.form.retriever and "see" in tensors and tensors["see"].dim() == 2:
-            self.look_at(tensors["see"].shape[1])
-        super().load(tensors)
+            shapes = {"see": (form.retriever, form.features), "see_bias": (form.retriever,),
+                      "tell": (e, form.retriever), "tell_bias": (e,)}  # fmt: skip
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def retrieve(self, vectors: Tensor) -> Tensor:
         """r [n, e] of the base's vectors [n, d]."""
@@ -282,18 +270,14 @@ class HyperNetwork(Part):
     def start(self, generator: torch.Generator) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                if name.startswith(("see", "tell")):
-                    continue  # once the width is known
                 assert parameter is not None
                 if name.endswith("bias") or name == "up":
                     parameter.zero_()
                 elif name == "prototypes":
                     parameter.normal_(generator=generator)
                 else:
-                    parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+                    parameter.normal_(std=max(1, parameter.shape[1]) ** -0.5, generator=generator)
             self.down *= (3 * self.form.width) ** -0.5  # type: ignore[operator]  # A as large as LoRA's
-        if self.form.retriever:
-            self._seed = int(torch.randint(2**31, (), generator=generator))
 
     def prototype(self, task: str | None) -> Tensor:
         """Of a task by its name; their mean for None."""
