@@ -35,10 +35,11 @@ _WHERE = {
     "search": "jobs",
     "Score": "core.metrics",
     "transfer_prompt": "learn.transfer",
+    "MergeError": "core.errors",
 }
 
 
-_VERBS = ("learn", "evaluate")  # packages that can be called
+_VERBS = ("learn", "evaluate", "merge")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:

@@ -221,6 +221,8 @@ def _fill(name: str, form: str, seed: int, lock: threading.Lock) -> None:
     print(f"{time.strftime('%H:%M:%S')} {name} {form} seed {seed}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "experiments.forms", "--one", name, form, str(seed)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ran.returncode < 0:  # killed: it says nothing of the form
+        return
     if ran.returncode:
         lines = ran.stderr.strip().splitlines()
         found: dict[str, Any] = {"failed": lines[-1] if lines else "no message"}

@@ -1,0 +1,146 @@
+"""The contract of a merging rule: one tensor out of several, in blocks of rows where the rule allows it.
+
+Shapes: N models, and a block of a tensor: the rows from ``start`` of a tensor of ``shape``, or the whole of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polytask.core.registry import Registry
+
+rules: Registry[Rule]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Some rows of one tensor, of every model, in fp32.
+
+    Attributes:
+        name: the tensor's name.
+        base: of the base, or None where there is none.
+        tensors: of each model, of the base's shape.
+        weights: of each model at this tensor.
+        settings: other settings of each model here (density, ...), by name.
+        start: the first row.
+        shape: of the whole tensor.
+        facts: what the surveys found out about all tensors; None without surveys.
+        seed: of everything random.
+        models: the models' names, which random numbers depend on.
+        layer: (layer, layers) of the tensor in its stack, or None.
+    """
+
+    name: str
+    base: Tensor | None
+    tensors: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    start: int = 0
+    shape: tuple[int, ...] = ()
+    facts: Any = None
+    seed: int = 0
+    models: tuple[str, ...] = ()
+    layer: tuple[int, int] | None = None
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """tau_i: each model minus the base; the models themselves without one."""
+        return list(self.tensors) if self.base is None else [tensor - self.base for tensor in self.tensors]
+
+    @property
+    def zero(self) -> Tensor:
+        """What a change is added to: the base, or zeros without one."""
+        return torch.zeros_like(self.tensors[0]) if self.base is None else self.base
+
+    @property
+    def count(self) -> int:
+        """Numbers of the whole tensor."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def uniform(self, model: int) -> Tensor:
+        """Random numbers in [0, 1) of the block's shape, from the seed, the tensor's and the model's name and the place.
+
+        The same whether the tensor comes whole or row by row, and in whatever order.
+        """
+        said = f"{self.seed}\0{self.name}\0{self.models[model] if self.models else model}"
+        key = int.from_bytes(hashlib.sha256(said.encode()).digest()[:16], "little")
+        tensor = self.tensors[model]
+        width = tensor[0].numel() if tensor.dim() and len(tensor) else 1
+        first = self.start * width
+        bits = np.random.Philox(key=key)
+        bits.advance(first // 8)  # a step gives four words of 64 bits, which are eight of ours
+        skip, count = first % 8, tensor.numel()
+        words = bits.random_raw(-(-(skip + count) // 8) * 4).view(np.uint32)[skip : skip + count]
+        return torch.from_numpy((words >> 8).astype(np.float32) * np.float32(2.0**-24)).view(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How several tensors become one. A rule is a frozen dataclass, registered with ``@rules.register("name")``.
+
+    Attributes:
+        name: what the field calls it (set by the decorator).
+        needs_base: whether it works on differences to a base.
+        grain: the least that it must see at once: an ``element``, a ``row`` (the last dimension) or the whole ``tensor``.
+        each: settings that every model may have its own of, beside its weight; the rule's own field is their default.
+        weighted: whether it knows weights.
+        least: how few models it takes.
+        most: how many it takes, or None.
+        surveys: how many times all tensors are read before the first is merged.
+        paper: the reference that cards and lists show.
+        exceptions: checks of the rules' contract suite that do not hold for it, each with the reason.
+    """
+
+    name: ClassVar[str] = ""
+    needs_base: ClassVar[bool] = True
+    grain: ClassVar[Literal["element", "row", "tensor"]] = "element"
+    each: ClassVar[tuple[str, ...]] = ()
+    weighted: ClassVar[bool] = True
+    least: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+    surveys: ClassVar[int] = 0
+    paper: ClassVar[str] = ""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+
+    def merge(self, block: Block) -> Tensor:
+        """The merged rows, in fp32. The base's own memory may be returned, and must not be changed."""
+        raise NotImplementedError
+
+    def survey(self, number: int, block: Block) -> Any:
+        """What one block says in survey ``number``; `settle` puts the blocks together."""
+        raise NotImplementedError
+
+    def settle(self, number: int, found: Sequence[tuple[str, Any]], facts: Any) -> Any:
+        """What all blocks (name, result), in their order, said in survey ``number``, given what earlier surveys found."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def knobs(cls) -> tuple[str, ...]:
+        """The names of its settings."""
+        return tuple(f.name for f in fields(cls))
+
+
+rules = Registry("merge method", "polytask.merge.rules")
+
+
+def total(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_i w_i x_i``, models without weight left out."""
+    there = [(t, w) for t, w in zip(tensors, weights, strict=True) if w]
+    if not there:
+        return torch.zeros_like(tensors[0])
+    first, weight = there[0]
+    out = first * weight
+    for tensor, weight in there[1:]:
+        out.add_(tensor, alpha=weight)
+    return out

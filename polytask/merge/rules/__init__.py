@@ -1,0 +1,1 @@
+"""Rules that make one tensor of several: one file per family."""

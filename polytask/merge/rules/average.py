@@ -1,0 +1,79 @@
+"""Weighted sums: of the models, and of their differences to a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from polytask.core.errors import MergeError
+from polytask.merge.rule import Block, Rule, rules, total
+
+
+@rules.register("linear")
+@dataclass(frozen=True)
+class Linear(Rule):
+    """The weighted mean of the models: ``sum_i w_i x_i / sum_i w_i``. With equal weights, the average of checkpoints.
+
+    Args:
+        normalize: divide by the sum of the weights.
+
+    Reference: Wortsman et al., Model soups, arXiv 2203.05482. Sums are in fp32 and rounded once.
+
+    Raises:
+        MergeError: the weights add up to nothing.
+    """
+
+    normalize: bool = True
+
+    needs_base: ClassVar[bool] = False
+    paper: ClassVar[str] = "arXiv 2203.05482"
+
+    def merge(self, block: Block) -> Tensor:
+        there = [i for i, w in enumerate(block.weights) if w]
+        if len(there) == 1 and self.normalize:
+            return block.tensors[there[0]]  # bit for bit
+        weights = normalized(block) if self.normalize else block.weights
+        return total(block.tensors, weights)
+
+
+@rules.register("task_arithmetic")
+@dataclass(frozen=True)
+class TaskArithmetic(Rule):
+    """The base plus the weighted sum of the differences: ``b + lambda sum_i w_i (x_i - b)``. A weight may be negative.
+
+    Args:
+        scale: lambda (``lambda`` in a mergekit file).
+        normalize: divide by the sum of the weights.
+
+    Reference: Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089.
+
+    Raises:
+        MergeError: the weights are to be normalised and add up to nothing.
+    """
+
+    scale: float = 1.0
+    normalize: bool = False
+
+    paper: ClassVar[str] = "arXiv 2212.04089"
+
+    def merge(self, block: Block) -> Tensor:
+        weights = normalized(block) if self.normalize else block.weights
+        factors = [self.scale * w for w in weights]
+        there = [i for i, w in enumerate(factors) if w]
+        if len(there) == 1 and factors[there[0]] == 1.0:
+            return block.tensors[there[0]]  # b + (x - b) is not x in floating point
+        # b + sum w (x - b) = (1 - sum w) b + sum w x: no differences are formed
+        return total([block.zero, *block.tensors], [1.0 - sum(factors), *factors])
+
+
+def normalized(block: Block) -> list[float]:
+    """The weights over their sum. Raises `MergeError` where that is zero."""
+    whole = sum(block.weights)
+    if abs(whole) < 1e-12:
+        raise MergeError(
+            f"the weights {tuple(block.weights)} at {block.name} add up to nothing, so they cannot be normalised; say "
+            "normalize=False, or change them"
+        )
+    return [w / whole for w in block.weights]

@@ -1,0 +1,228 @@
+"""The verb *merge*: models or adapters in, one of the same kind out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polytask.core.errors import ConfigError, MergeError
+from polytask.core.measure import peak_memory
+
+from .engine import Job, run
+from .source import Adapted, Checkpoint, Module, Source
+from .write import Writer
+
+if TYPE_CHECKING:
+    pass
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken")  # what lies beside weights and is copied
+
+
+def merge(
+    inputs: Sequence[Any],
+    method: str = "linear",
+    base: Any = None,
+    weights: Sequence[Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    shard: str | int = "5GB",
+    seed: int = 0,
+    resume: bool = False,
+    each: Mapping[str, Sequence[Any]] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> Any:
+    """Merges models, adapters, or a mixture of both, tensor by tensor.
+
+    Args:
+        inputs: folders, files or hub names of checkpoints, modules, models, or adapters (ours and PEFT's, or their folders).
+            An adapter among models stands for the base with it.
+        method: the rule; ``polytask merge list`` shows them.
+        base: what differences are taken to: a checkpoint, a module or a model.
+        weights: one for each input: a number, a list (a gradient over the layers), or a list of ``{filter, value}``.
+        out: a folder for the merged checkpoint, written tensor by tensor; None gives what was given, in memory.
+        dtype: of the result: ``float32``, ``float16``, ``bfloat16``; as the base (or first model) stores each tensor when None.
+        shard: size of a file at most.
+        seed: of everything random.
+        resume: go on with an interrupted merge in ``out``.
+        each: settings of each input, by name: ``{"density": [0.2, 0.5]}``.
+        say: is told what goes on.
+        settings: of the rule.
+
+    Returns:
+        The folder; or a module or model where modules or models were given and ``out`` was not.
+
+    Raises:
+        MergeError: the inputs do not fit each other, or a file is damaged.
+        ConfigError: an unknown method or setting.
+        StorageError: there is not enough space.
+    """
+    if not inputs:
+        raise MergeError("there is nothing to merge; give at least one model or adapter")
+    root = None if base is None else source_of(base, None)
+    sources = [source_of(item, root) for item in inputs]
+    job = Job(sources, method, settings, root, weights, each or {}, seed)
+    kind = _dtype(dtype)
+    began = time.perf_counter()
+    if out is None:
+        return _in_memory(job, inputs, base, kind)
+    folder = Path(out).expanduser()
+    key = key_of(job, kind)
+    writer = Writer(folder, layout(job, kind), shard=size_of(shard), key=key, resume=resume)
+    say(f"merging {len(sources)} models by {method}: {len(job.shapes)} tensors, {writer.bytes / 1e9:.2f} GB")
+    try:
+        with peak_memory(torch.device("cpu")) as peak:
+            run(job, writer.put, writer.finished, writer.done.__contains__)
+    except BaseException:
+        writer.close()
+        raise
+    record = card(job, kind, time.perf_counter() - began, peak.mb)
+    writer.finish({"polytask_merge.json": (json.dumps(record, indent=2) + "\n").encode()})
+    _copy_small(job.first.folder, folder)
+    return folder
+
+
+def source_of(item: Any, base: Source | None) -> Source:
+    """A source from what people give. Raises `MergeError` for what is none."""
+    from polytask.core.adapter import Adapter
+    from polytask.core.model import Model
+
+    if isinstance(item, Source):
+        return item
+    if isinstance(item, Model):
+        return Module(item.module, item.name)
+    if isinstance(item, nn.Module):
+        return Module(item)
+    if isinstance(item, str | Path):
+        path = Path(item).expanduser()
+        if (path / "adapter_config.json").is_file():
+            item = Adapter.load(path)
+            item.name = item.name or path.name
+        else:
+            return Checkpoint(_downloaded(str(item)), str(item))
+    if isinstance(item, Adapter):
+        if base is None:
+            raise MergeError(
+                f"the adapter {item.name!r} needs its base to be merged with models; say which (base=, --base)"
+            )
+        return Adapted(base, item)
+    raise MergeError(f"{type(item).__name__} cannot be merged; give a folder, a file, a module, a model or an adapter")
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a hub name, downloaded where it is not in the cache; other paths as they are."""
+    from polytask.core.load import ALIASES
+
+    if name in ALIASES:
+        return Path(ALIASES[name]())
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin", *SMALL]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise MergeError(
+            f"{name!r} is no folder, and could not be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def layout(job: Job, dtype: torch.dtype | None) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and type of every tensor of the result."""
+    return [
+        (name, shape, job.first.dtype(name) if dtype is None or job.copied(name) else dtype)
+        for name, shape in job.shapes.items()
+    ]
+
+
+def key_of(job: Job, dtype: torch.dtype | None) -> str:
+    """What a merge's bytes depend on, as a hash."""
+    said = [
+        job.rule,
+        dict(job.settings),
+        list(job.weights or ()),
+        {k: list(v) for k, v in job.each.items()},
+        job.seed,
+        str(dtype),
+    ]
+    said += [job.base.name if job.base else "", list(job.names), list(job.shapes.items())]
+    return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
+
+
+def card(job: Job, dtype: torch.dtype | None, seconds: float, peak: float | None) -> dict[str, Any]:
+    """What was merged and how, so that it can be done again."""
+    import polytask
+
+    return {
+        "method": job.rule, "paper": job.kind.paper, "settings": dict(job.settings), "seed": job.seed,
+        "base": job.base.name if job.base else None, "models": [model.name for model in job.models],
+        "weights": None if job.weights is None else list(job.weights), "each": {k: list(v) for k, v in job.each.items()},
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."), "seconds": round(seconds, 2),
+        "peak_mb": None if not peak else round(peak, 1), "versions": {"polytask": polytask.__version__},
+    }  # fmt: skip
+
+
+def _in_memory(job: Job, inputs: Sequence[Any], base: Any, dtype: torch.dtype | None) -> Any:
+    """The merged network, of the class of the base or of the first input that is one."""
+    import copy
+
+    from polytask.core.model import Model
+
+    like = next((item for item in (base, *inputs) if isinstance(item, nn.Module | Model)), None)
+    if like is None:
+        raise MergeError("checkpoints on disk are merged into a folder; say which (out=, --out)")
+    module = copy.deepcopy(like.module if isinstance(like, Model) else like)
+    state = module.state_dict()
+
+    def put(name: str, tensor: Tensor, start: int) -> None:
+        stored = state[name]
+        (stored if stored.dim() == 0 else stored[start : start + len(tensor)]).copy_(tensor)
+
+    run(job, put)
+    if dtype is not None:
+        module.to(dtype)
+    return Model(module, like.processor, kind=like.kind, pooling=like.pooling) if isinstance(like, Model) else module  # type: ignore[arg-type]
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    if given not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {given!r}")
+    return DTYPES[given]
+
+
+def size_of(text: str | int) -> int:
+    """Bytes from ``5GB`` or ``200MB``. Raises `ConfigError`."""
+    if isinstance(text, int):
+        return text
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    for unit, factor in units.items():
+        if text.upper().endswith(unit):
+            try:
+                return max(1, int(float(text[: -len(unit)]) * factor))
+            except ValueError:
+                break
+    raise ConfigError(f"a size is written like 5GB or 200MB, got {text!r}")
+
+
+def _copy_small(source: Path | None, folder: Path) -> None:
+    """The configuration, tokenizer and licence beside the merged weights."""
+    if source is None:
+        return
+    for pattern in SMALL:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.name.endswith(".index.json") and not (folder / file.name).exists():
+                shutil.copy2(file, folder / file.name)
