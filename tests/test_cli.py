@@ -11,7 +11,7 @@ import yaml
 
 import polytask as pt
 
-COMMANDS = ("learn", "evaluate", "compare", "search", "inspect", "tasks", "sites", "forms")
+COMMANDS = ("learn", "evaluate", "compare", "search", "inspect", "tasks", "sites", "forms", "transfer", "merge")
 
 
 def test_learn_evaluate_compare_inspect(run, base, data, tmp_path):
@@ -134,6 +134,32 @@ def test_help_shows_an_example_for_each_command(run):
     for command in COMMANDS:
         code, out, _ = run(command, "--help")
         assert code == 0 and f"Example: polytask {command}" in out
+
+
+def test_merge(run, tmp_path):
+    import transformers
+    from zoo import tiny
+
+    for seed in range(2):
+        tiny("llama", seed=seed)[0].save_pretrained(tmp_path / f"m{seed}")
+    models = [tmp_path / "m0", tmp_path / "m1"]
+    code, out, err = run("merge", *models, "--weights", "1,3", "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["method"] == "linear" and found["weights"] == [1.0, 3.0]
+    merged, *parts = [transformers.AutoModelForCausalLM.from_pretrained(f) for f in (found["out"], *models)]
+    a, b = (p.lm_head.weight for p in parts)
+    assert pt.Model(merged).kind == "causal" and (merged.lm_head.weight - (a + 3 * b) / 4).abs().max() < 1e-6
+    code, out, _ = run("merge", "list", "--json")
+    assert code == 0 and {r["name"] for r in json.loads(out)} >= {"linear", "task_arithmetic"}
+    for arguments, text in (
+        ([*models, "--weights", "1,x"], "write a number for each input"),
+        ([*models, "--method", "linear:density=1"], "has no setting 'density'"),
+        ([*models, "--method", "task_arithmetic"], "say which (base=, --base)"),
+        ([], "what to merge is missing"),
+    ):
+        code, _, err = run("merge", *arguments, "--out", tmp_path / "no")
+        assert code in (1, 2) and text in err
 
 
 def test_lists(run, data, base):

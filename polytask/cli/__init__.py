@@ -11,6 +11,7 @@ def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 it could not be done, 2 the command or its settings are wrong."""
     from polytask.core.errors import ConfigError, PolytaskError
 
+    from . import merging  # noqa: F401  its command is registered
     from .app import app
     from .streams import flush
 
