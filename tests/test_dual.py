@@ -389,6 +389,8 @@ def test_what_is_learned_is_the_average_of_the_epochs_ends(clip, monkeypatch):
     learned = pt.learn(clip, task(), form=form, epochs=4, batch_size=8, progress=False)
     weights = pt.Form.of(form).averages(4)
     assert len(ends) == 4 and math.isclose(sum(weights), 1.0)
+    scores = learned.card.training["dev"]
+    assert len(scores) == 5 and learned.card.metrics == {"dev/squares": scores[-1]["dev"]["squares"]}  # of the average
     for key, value in learned.state().items():
         assert torch.allclose(value, sum(w * end[key] for w, end in zip(weights, ends, strict=True)), atol=1e-6)
 

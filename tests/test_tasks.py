@@ -195,6 +195,19 @@ def test_natural_instructions(tmp_path: Path) -> None:
     assert "task1.json, instance 31: 'output' is missing" in message(DataError, write(tmp_path / "task1.json", broken))
 
 
+def test_a_folder_of_images_is_read_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (4, 4), (i * 10, 0, 0)).save(tmp_path / "pets" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    task = Task.read("pets")
+    monkeypatch.chdir("/")  # and used from elsewhere
+    assert task.labels == ("cat", "dog") and task.train[0].pixels().size == (4, 4)
+
+
 def test_image_folders_and_arrays(tmp_path: Path) -> None:
     import numpy as np
 

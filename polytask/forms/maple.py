@@ -45,7 +45,7 @@ class MaPLe(BothTowers):
 
     Args:
         length: m, the tokens of a block.
-        depth: how many blocks of each tower get tokens of their own.
+        depth: how many blocks of each tower get tokens of their own; all of the shallower tower's where it has fewer.
         text: words whose vectors the first block's tokens start from.
 
     Reference: Khattak et al., MaPLe: Multi-modal Prompt Learning, arXiv 2210.03117.

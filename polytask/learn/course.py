@@ -167,10 +167,12 @@ class Course:
             if value.is_floating_point():
                 self.mean[name] = self.mean.get(name, torch.zeros_like(value)) + weight * value
 
-    def take_best(self) -> None:
+    def settle(self, model: Model) -> None:
         """Puts the adapter where learning ends: at the average of its epochs, the best state on dev, or where it is."""
         if self.mean:
             self.adapter.load_state({**self.adapter.state(), **self.mean})
+            self.best = None
+            self.evaluate(model)  # the average has a score of its own
         elif self.best is not None:
             self.adapter.load_state(self.best[2])
 

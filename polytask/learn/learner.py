@@ -217,6 +217,8 @@ class Run:
                 stoppable() as stop,
             ):
                 self._loop(stop, resumed)
+                for course in self.courses:
+                    course.settle(self.model)
         self._finish(
             {
                 "precision": chosen,
@@ -458,7 +460,6 @@ class Run:
         import polytask
 
         for course in self.courses:
-            course.take_best()
             trained = sum(p.numel() for p in course.adapter.parameters() if p.requires_grad)
             measured = course.adapter.form.measured(self.model, course.adapter)
             course.adapter = course.adapter.form.finish(course.adapter)
