@@ -33,7 +33,7 @@ Path(sys.argv[1] + f".{{state.process_index}}of{{state.num_processes}}").touch()
 def launch(count: int, script: Path, *arguments: str) -> None:
     """Runs a script in several processes. accelerate's own launcher needs MPI for that on CPUs; torchrun needs nothing."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script), *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 

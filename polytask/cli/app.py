@@ -14,7 +14,7 @@ from polytask.core.errors import ConfigError, SiteError, StorageError
 from polytask.core.recipe import Schedule
 
 from .options import configurable, form_of, mix_of
-from .streams import emit
+from .streams import emit, first
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
@@ -51,7 +51,7 @@ def _show(data: Any, as_json: bool, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    if sys.stderr is not None:  # else print would take standard output for it
+    if sys.stderr is not None and first():  # else print would take standard output for it
         print(text, file=sys.stderr)
 
 

@@ -8,9 +8,15 @@ import sys
 from polytask.core.errors import StorageError
 
 
+def first() -> bool:
+    """Whether this is the only process, or the first of several that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def emit(text: str) -> None:
-    """Prints a command's result. Raises `StorageError` when it cannot be written, BrokenPipeError when nobody reads."""
-    flush(text + "\n")
+    """Prints a command's result, in the first of several processes. Raises `StorageError` when it cannot be written, BrokenPipeError when nobody reads."""
+    if first():
+        flush(text + "\n")
 
 
 def flush(text: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -186,8 +187,12 @@ class Run:
         from accelerate import Accelerator
 
         started = time.perf_counter()
+        # accelerate takes several processes for one each, on a machine that has nothing but processors, unless it is told
+        plain = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
         try:
-            self.accelerator = Accelerator(log_with=self.tracker, project_dir=str(self.out) if self.out else None)
+            self.accelerator = Accelerator(
+                cpu=plain, log_with=self.tracker, project_dir=str(self.out) if self.out else None
+            )
         except ValueError as error:
             raise ConfigError(f"the tracker {self.tracker!r} cannot be used: {error}") from error
         if self.tracker and not self.accelerator.log_with:  # accelerate leaves out in silence what is not installed
@@ -205,6 +210,7 @@ class Run:
             schedule = self.courses[0].schedule
             self._begin()
             self._warm()
+            self._agree()
             for course in self.courses:
                 course.prepare()
             chosen, why = precision.choose(schedule.precision, self.model.module, self.model.device, self._one_loss)
@@ -273,6 +279,17 @@ class Run:
                     with self.model.using(course.name):
                         # a forward alone takes less memory than a step, so its batches may be larger, up to a point
                         warm(self.model, head, rows, min(64, 4 * course.schedule.batch_size))
+
+    def _agree(self) -> None:
+        """Gives several processes the first one's start: what each computes of the same data may be rounded differently."""
+        if self.accelerator.num_processes == 1:
+            return
+        from accelerate.utils import broadcast
+
+        with torch.no_grad():
+            for course in self.courses:
+                for parameter in course.adapter.parameters():
+                    parameter.copy_(broadcast(parameter.detach().clone()))  # type: ignore[no-untyped-call]
 
     # The loop
 
