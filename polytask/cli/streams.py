@@ -14,7 +14,10 @@ def first() -> bool:
 
 
 def emit(text: str) -> None:
-    """Prints a command's result, in the first of several processes. Raises `StorageError` when it cannot be written, BrokenPipeError when nobody reads."""
+    """Prints a command's result, in the first of several processes.
+
+    Raises `StorageError` when it cannot be written, BrokenPipeError when nobody reads.
+    """
     if first():
         flush(text + "\n")
 
