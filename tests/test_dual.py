@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import polytask as pt
 from polytask.core.dual import DecoupledHead, Pairs, SimilarityHead, keywords, similarity
 from polytask.core.form import forms
-from polytask.core.head import Head, Row, Seen, collate, head_for
+from polytask.core.head import Head, Seen, collate, head_for
+from polytask.core.rows import Row
 
 LABELS = ("cat", "dog", "old ship", "truck")
 ABOUT = {

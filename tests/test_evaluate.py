@@ -10,8 +10,9 @@ from conftest import SHARED, colours
 
 import polytask as pt
 from polytask.core.errors import ConfigError, DataError, MixError
-from polytask.core.head import TextHead, windows
+from polytask.core.head import TextHead
 from polytask.core.predict import batches, predict
+from polytask.core.rows import windows
 from polytask.core.task import Example
 from polytask.evaluate.probe import probe
 

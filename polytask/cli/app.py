@@ -387,12 +387,18 @@ def sites(
 
 @app.command()
 def forms(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Forms to say everything of; a table of all when not given.", show_default=False),
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Also count the parameters for this model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the forms that an adapter can have.
+    """List the forms that an adapter can have, or say what some of them are and what their settings mean.
 
     Example: polytask forms --base minilm
+
+    Example: polytask forms dora vera
     """
     from polytask.core.form import forms as registered
 
@@ -401,14 +407,40 @@ def forms(
         from polytask.core.model import Model
 
         model = Model.load(base)
-    records = [_form_record(kind, model) for kind in registered.values()]
-    lines = []
+    kinds = [registered[name] for name in names] if names else registered.values()
+    records = [_form_record(kind, model) for kind in kinds]
+    text = (
+        "\n\n".join(_form_text(kind, r) for kind, r in zip(kinds, records, strict=True))
+        if names
+        else _forms_table(records)
+    )
+    _show(records, as_json, text)
+
+
+def _forms_table(records: list[dict[str, Any]]) -> str:
+    rows = [["form", "parameters", "merges", "PEFT", "sites", "paper"]]
     for r in records:
-        count = f", {r['parameters']:,} parameters at {r['default_sites']!r}" if r.get("parameters") else ""
-        peft = "in PEFT" if r["in_peft"] else "not in PEFT"
-        lines.append(f"{r['name']}: {r['summary']}\n  {r['paper']}; sites: {', '.join(r['kinds'])}; {peft}{count}")
-        lines.append(f"  settings: {', '.join(f'{k}={v!r}' for k, v in r['settings'].items())}")
-    _show(records, as_json, "\n".join(lines))
+        count = "-" if r.get("parameters") is None else f"{r['parameters']:,}"
+        answers = ["yes" if r[key] else "no" for key in ("mergeable", "in_peft")]
+        rows.append([r["name"], count, *answers, ", ".join(r["kinds"]), r["paper"]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if i == 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _form_text(kind: Any, record: dict[str, Any]) -> str:
+    import inspect as python
+
+    count = (
+        "" if record.get("parameters") is None else f"; {record['parameters']:,} parameters at {kind.default_sites!r}"
+    )
+    facts = f"{'can' if kind.mergeable else 'cannot'} be merged, {'in' if kind.in_peft else 'not in'} PEFT{count}"
+    settings = ", ".join(f"{k}={v!r}" for k, v in record["settings"].items()) or "none"
+    return f"{record['name']} ({facts})\n\n{python.getdoc(kind)}\n\nSettings: {settings}"
 
 
 def _form_record(kind: Any, model: Model | None) -> dict[str, Any]:

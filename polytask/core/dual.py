@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from . import attach as _attach
 from .errors import ConfigError, MixError, ModelError
 from .form import Call, Other
-from .head import Head, Out, Row, images, padded, tokens
+from .head import Head, Out
 from .mix import PerRow
+from .rows import Row, images, padded, tokens
 
 if TYPE_CHECKING:
     from .form import Form

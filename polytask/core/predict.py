@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from .head import Head, Row, TextHead, collate, split, trunk
+from .head import Head, TextHead, collate, split, trunk
 from .memory import memory_advice
 from .model import Model
+from .rows import Row
 
 
 def batches(lengths: Sequence[int], counts: Sequence[int], size: int) -> list[list[int]]:

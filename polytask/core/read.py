@@ -182,7 +182,8 @@ def _read_images(path: Path, splits: Mapping[str, Path], raw: Raw) -> None:
             pictures = _pictures(label)
             others += sum(p.is_file() for p in _children(label)) - len(pictures)
             rows += [
-                (f"{raw.name}/{p.relative_to(path).as_posix()}", {"image": p.absolute(), "label": label.name}) for p in pictures
+                (f"{raw.name}/{p.relative_to(path).as_posix()}", {"image": p.absolute(), "label": label.name})
+                for p in pictures
             ]
     if others:
         raw.notes.append(f"{others} files that are not images were not used")

@@ -20,7 +20,8 @@ class Schedule(Settings):
         epochs: passes over the training examples.
         batch_size: rows per step (of each adapter, when several learn together).
         lr: peak learning rate of the adapter; the form's own default when None.
-        head: ``auto``; for dual models also ``linear`` or ``decoupled``, see `polytask.core.head.head_for`.
+        head: ``auto``; for dual models (CLIP) also ``linear`` (a layer on the images' vectors) or ``decoupled`` (a classifier
+            beside the class texts).
         head_lr: of the heads; the adapter's when None, times what the head says.
         head_start: ``probe`` starts a linear head from a regression on the frozen features, ``random`` from small values.
         schedule: its course after the warm-up.

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.core.errors import AdapterError
-from polytask.core.head import Head, LinearHead, Row, trunk
+from polytask.core.head import Head, LinearHead, trunk
+from polytask.core.rows import Row
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter

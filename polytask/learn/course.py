@@ -13,11 +13,12 @@ from transformers import get_scheduler
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import DataError, LearnError
-from polytask.core.head import Head, Row, TextHead
+from polytask.core.head import Head, TextHead
 from polytask.core.metrics import METRICS, default_metric
 from polytask.core.model import Model
 from polytask.core.predict import predict
 from polytask.core.recipe import Schedule, Stage
+from polytask.core.rows import Row
 from polytask.core.task import Task
 
 from . import plan

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.core.errors import ConfigError
-from polytask.core.head import Head, LinearHead, Out, Row, collate, trunk
+from polytask.core.head import Head, LinearHead, Out, collate, trunk
 from polytask.core.model import Model
+from polytask.core.rows import Row
 
 from .objectives import Objective
 

@@ -20,12 +20,13 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, LearnError
 from polytask.core.files import CONFIG
 from polytask.core.form import Form
-from polytask.core.head import Head, LinearHead, Out, Row, Seen, collate, head_for, split, trunk
+from polytask.core.head import Head, LinearHead, Out, Seen, collate, head_for, split, trunk
 from polytask.core.measure import peak_memory
 from polytask.core.memory import memory_advice
 from polytask.core.mix import PerRow, Single
 from polytask.core.model import Model
 from polytask.core.recipe import Schedule, Stage
+from polytask.core.rows import Row
 from polytask.core.select import Selector
 from polytask.core.task import Task, read_tasks
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polytask.core.head import Head, Out, Row
+from polytask.core.head import Head, Out
 from polytask.core.registry import Registry
+from polytask.core.rows import Row
 
 objectives: Registry[Objective]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polytask.core.head import LinearHead, Row
+from polytask.core.head import LinearHead
 from polytask.core.model import Model
 from polytask.core.predict import embed
+from polytask.core.rows import Row
 
 STRENGTH = 0.1  # the inverse of the L2 penalty, on standardised features
 
