@@ -31,7 +31,7 @@ from ..__main__ import T_95
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # what makes a form larger, the first that it has; the others keep their defaults
-KNOBS = ("rank", "frequencies", "width", "length", "prototypes", "blocks", "count", "k")
+KNOBS = ("rank", "frequencies", "width", "length", "prototypes", "block_size", "count", "k")
 
 
 def suite(name: str) -> dict[str, Any]:
