@@ -49,7 +49,7 @@ class Compacter(Form):
 
     default_sites: ClassVar[str] = "attn_out | down"
     mergeable: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 3e-3
+    default_lr: ClassVar[float] = 1e-3
     peft_type: ClassVar[str] = "POLYTASK_COMPACTER"
     paper: ClassVar[str] = "arXiv 2106.04647"
 
