@@ -175,7 +175,9 @@ def test_lists(run, data, base):
     table = {line.split()[0]: line for line in out.splitlines()}
     assert code == 0 and set(table) == {"form", *found} and "arXiv 2106.09685" in table["lora"]
     code, out, _ = run("forms", "dora", "--base", base)
-    assert code == 0 and "can be merged, in PEFT" in out and "Reference:" in out and "rank=" in out and "vera" not in out
+    assert (
+        code == 0 and "can be merged, in PEFT" in out and "Reference:" in out and "rank=" in out and "vera" not in out
+    )
     code, _, err = run("forms", "dorra")
     assert code == 2 and "did you mean 'dora'" in err
     assert found["lora"]["in_peft"] and found["lora"]["parameters"] > 0 and found["full"]["paper"]

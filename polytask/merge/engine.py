@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Job:
         each: settings of each model that stand in place of the rule's, by name.
         seed: of everything random.
         elements: numbers of one model in a block.
+        stack: where each tensor stands among the layers; found from the names when None.
     """
 
     models: Sequence[Source]
@@ -47,16 +48,22 @@ class Job:
     each: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seed: int = 0
     elements: int = ELEMENTS
+    stack: Layers | None = None
 
     def __post_init__(self) -> None:
-        kind = rules[self.rule]
-        self.kind = kind
+        knobs = rules[self.rule].knobs()
         for name in self.settings:
-            if name not in kind.knobs():
+            if name not in knobs:
                 raise ConfigError(
-                    f"the merge method {self.rule!r} has no setting {name!r}{nearest(name, kind.knobs())}; it has: "
-                    f"{listing(kind.knobs()) or 'none'}"
+                    f"the merge method {self.rule!r} has no setting {name!r}{nearest(name, knobs)}; it has: "
+                    f"{listing(knobs) or 'none'}"
                 )
+        first = self.base or self.models[0]
+        self.shapes = first.shapes
+        self.first = first
+        self.layers = self.stack or Layers(self.shapes)
+        # settings that are wrong are wrong before anything is read; and what a rule needs may follow from its settings
+        kind = self.kind = self.rule_of(next(iter(self.shapes), ""))
         for name in self.each:
             if name not in kind.each:
                 raise ConfigError(
@@ -73,14 +80,9 @@ class Job:
         for name, values in {"weights": self.weights, **self.each}.items():
             if values is not None and len(values) != len(self.models):
                 raise ConfigError(f"there are {len(values)} {name} for {len(self.models)} models; give one for each")
-        first = self.base or self.models[0]
         compare_sources(first, self.models if self.base is not None else self.models[1:])
-        self.shapes = first.shapes
-        self.first = first
-        self.layers = Layers(self.shapes)
         names = [model.name for model in self.models]
         self.names = tuple(n if names.count(n) == 1 else f"{n}#{i}" for i, n in enumerate(names))
-        self.rule_of(next(iter(self.shapes), ""))  # settings that are wrong are wrong before anything is read
 
     def rule_of(self, name: str) -> Rule:
         """The rule as it is for one tensor."""
@@ -95,7 +97,8 @@ class Job:
     def blocks(self, name: str) -> Iterator[tuple[int, int | None]]:
         """The rows of each block: start and stop."""
         shape = self.shapes[name]
-        whole = self.kind.grain == "tensor" or not shape or (self.kind.grain == "row" and len(shape) < 2)
+        grain, _ = self.rule_of(name).plan()
+        whole = grain == "tensor" or not shape or (grain == "row" and len(shape) < 2)
         if whole:
             yield 0, None
             return
@@ -106,8 +109,8 @@ class Job:
         for start in range(0, max(1, shape[0]), step):
             yield start, min(start + step, shape[0])
 
-    def block(self, name: str, start: int, stop: int | None, facts: Any) -> Block:
-        """A block's tensors, read and in fp32."""
+    def frame(self, name: str, facts: Any = None) -> Block:
+        """What a block of the tensor says beside the tensors."""
         t, rule = self.layers.t(name), self.rule_of(name)
 
         def every(values: Sequence[Any] | None, default: Any) -> tuple[Any, ...]:
@@ -116,13 +119,21 @@ class Job:
 
         return Block(
             name=name,
-            base=None if self.base is None else self.base.read(name, start, stop).float(),
-            tensors=tuple(model.read(name, start, stop).float() for model in self.models),
+            base=None,
+            tensors=(),
             weights=every(self.weights, 1.0),
             settings={k: every(self.each.get(k), getattr(rule, k)) for k in self.kind.each},
-            start=start, shape=self.shapes[name], facts=facts, seed=self.seed, models=self.names,
-            layer=self.layers.place(name),
+            shape=self.shapes[name], facts=facts, seed=self.seed, models=self.names, layer=self.layers.place(name),
         )  # fmt: skip
+
+    def block(self, name: str, start: int, stop: int | None, facts: Any) -> Block:
+        """A block's tensors, read and in fp32."""
+        return replace(
+            self.frame(name, facts),
+            base=None if self.base is None else self.base.read(name, start, stop).float(),
+            tensors=tuple(model.read(name, start, stop).float() for model in self.models),
+            start=start,
+        )
 
 
 def run(
@@ -142,14 +153,8 @@ def run(
     Raises:
         MergeError: a tensor has entries that are no numbers.
     """
-    facts: Any = None
     with torch.no_grad(), ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        for number in range(job.kind.surveys):
-            found = [
-                (block.name, job.rule_of(block.name).survey(number, block))
-                for block in _read(job, reader, [n for n in job.shapes if not job.copied(n)], facts)
-            ]
-            facts = job.rule_of(next(iter(job.shapes))).settle(number, found, facts)
+        facts = _surveyed(job, reader)
         left = [name for name in job.shapes if not skip(name)]
         writing: deque[Future[None]] = deque()
 
@@ -173,6 +178,23 @@ def run(
             later(write)
         while writing:
             writing.popleft().result()
+
+
+def surveyed(job: Job) -> Any:
+    """What the rule's surveys find out; None where it has none."""
+    with torch.no_grad(), ThreadPoolExecutor(1) as reader:
+        return _surveyed(job, reader)
+
+
+def _surveyed(job: Job, reader: ThreadPoolExecutor) -> Any:
+    facts: Any = None
+    floats = [name for name in job.shapes if not job.copied(name)]
+    for number in range(job.kind.plan()[1]):
+        found = (
+            (block.name, job.rule_of(block.name).survey(number, block)) for block in _read(job, reader, floats, facts)
+        )
+        facts = job.kind.settle(number, found, facts)
+    return facts
 
 
 def _read(job: Job, reader: ThreadPoolExecutor, names: Sequence[str], facts: Any) -> Iterator[Block]:

@@ -6,7 +6,7 @@ Shapes: N models, and a block of a tensor: the rows from ``start`` of a tensor o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -95,6 +95,7 @@ class Rule:
         most: how many it takes, or None.
         surveys: how many times all tensors are read before the first is merged.
         paper: the reference that cards and lists show.
+        ends: whether its base is a model like the others (one end of a way between models), and not an origin.
         exceptions: checks of the rules' contract suite that do not hold for it, each with the reason.
     """
 
@@ -107,18 +108,31 @@ class Rule:
     most: ClassVar[int | None] = None
     surveys: ClassVar[int] = 0
     paper: ClassVar[str] = ""
+    ends: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
 
     def merge(self, block: Block) -> Tensor:
         """The merged rows, in fp32. The base's own memory may be returned, and must not be changed."""
         raise NotImplementedError
 
+    def factors(self, block: Block) -> Sequence[float] | None:
+        """f_i where the merged tensor is ``b + sum_i f_i (x_i - b)`` (b zero without a base), from the weights and facts alone:
+        the block may have no tensors. None where it is not. Adapters of low rank are then merged exactly, factor by factor."""
+        return None
+
+    def plan(self) -> tuple[Literal["element", "row", "tensor"], int]:
+        """The grain and the number of surveys, for rules whose settings decide about them."""
+        return self.grain, self.surveys
+
     def survey(self, number: int, block: Block) -> Any:
         """What one block says in survey ``number``; `settle` puts the blocks together."""
         raise NotImplementedError
 
-    def settle(self, number: int, found: Sequence[tuple[str, Any]], facts: Any) -> Any:
-        """What all blocks (name, result), in their order, said in survey ``number``, given what earlier surveys found."""
+    def settle(self, number: int, found: Iterable[tuple[str, Any]], facts: Any) -> Any:
+        """What all blocks (name, result), in their order, said in survey ``number``, given what earlier surveys found.
+
+        The tensors are read while ``found`` is gone through: what is left unread costs nothing.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:

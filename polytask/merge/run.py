@@ -8,27 +8,28 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MergeError
 from polytask.core.measure import peak_memory
 
+from .adapters import merge_adapters
+from .compress import FILE, Compressed, is_compressed, load_adapter
 from .engine import Job, run
+from .expression import check_names, parse
 from .source import Adapted, Checkpoint, Module, Source
 from .write import Writer
-
-if TYPE_CHECKING:
-    pass
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken")  # what lies beside weights and is copied
 
 
 def merge(
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | str,
     method: str = "linear",
     base: Any = None,
     weights: Sequence[Any] | None = None,
@@ -40,9 +41,14 @@ def merge(
     resume: bool = False,
     each: Mapping[str, Sequence[Any]] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    as_: str | None = None,
+    rank: int | None = None,
     **settings: Any,
 ) -> Any:
     """Merges models, adapters, or a mixture of both, tensor by tensor.
+
+    Adapters alone give an adapter, see `polytask.merge.adapters.merge_adapters`. An expression over names is computed as it
+    stands: ``merge("base + 0.8*(a - base)", base="org/model", a="tuned/")``.
 
     Args:
         inputs: folders, files or hub names of checkpoints, modules, models, or adapters (ours and PEFT's, or their folders).
@@ -57,10 +63,12 @@ def merge(
         resume: go on with an interrupted merge in ``out``.
         each: settings of each input, by name: ``{"density": [0.2, 0.5]}``.
         say: is told what goes on.
-        settings: of the rule.
+        as_: what adapters become: ``lora``, ``full`` or ``sparse``. With ``base`` too, an adapter is made and not a model.
+        rank: the largest rank of a LoRA that is made.
+        settings: of the rule; or the models of an expression by name.
 
     Returns:
-        The folder; or a module or model where modules or models were given and ``out`` was not.
+        The folder; or a module, model or adapter where such were given and ``out`` was not.
 
     Raises:
         MergeError: the inputs do not fit each other, or a file is damaged.
@@ -69,6 +77,22 @@ def merge(
     """
     if not inputs:
         raise MergeError("there is nothing to merge; give at least one model or adapter")
+    if isinstance(inputs, str):
+        if method != "linear" or weights is not None or each is not None:
+            raise ConfigError("an expression says how models are merged; leave method, weights and each out")
+        inputs, weights, base = _expressed(inputs, settings, base)
+        settings = {"normalize": False}
+    adapters = [a for item in inputs if (a := adapter_of(item)) is not None]
+    if len(adapters) == len(inputs) and (base is None or as_ is not None or adapter_of(base) is not None):
+        root = None if base is None else adapter_of(base) or source_of(base, None)
+        made = merge_adapters(
+            adapters, method, weights, base=root, as_=as_, rank=rank, seed=seed, each=each, **settings  # type: ignore[arg-type]
+        )  # fmt: skip
+        for part in made.parts.values():
+            part.to(dtype=_dtype(dtype))
+        return made if out is None else made.save(Path(out).expanduser())
+    if as_ is not None or rank is not None:
+        raise ConfigError("as_ and rank are for adapters; the inputs are models, or adapters and models")
     root = None if base is None else source_of(base, None)
     sources = [source_of(item, root) for item in inputs]
     job = Job(sources, method, settings, root, weights, each or {}, seed)
@@ -92,9 +116,26 @@ def merge(
     return folder
 
 
+def _expressed(text: str, given: Mapping[str, Any], base: Any) -> tuple[list[Any], list[float], Any]:
+    """The models of an expression, their weights, and the base, where adapters among them need one."""
+    given = {**({} if base is None else {"base": base}), **given}
+    factors = parse(text)
+    needed = any(adapter_of(item) is not None for item in given.values())
+    check_names(text, given, ("base",) if needed else ())
+    return [given[name] for name in factors], [float(f) for f in factors.values()], base if needed else None
+
+
+def adapter_of(item: Any) -> Adapter | None:
+    """The adapter, where an input is one or the folder of one."""
+    if isinstance(item, str | Path) and (Path(item).expanduser() / "adapter_config.json").is_file():
+        folder = Path(item).expanduser()
+        item = load_adapter(folder) if (folder / FILE).is_file() else Adapter.load(item)
+        item.name = item.name or folder.name
+    return item if isinstance(item, Adapter) else None
+
+
 def source_of(item: Any, base: Source | None) -> Source:
     """A source from what people give. Raises `MergeError` for what is none."""
-    from polytask.core.adapter import Adapter
     from polytask.core.model import Model
 
     if isinstance(item, Source):
@@ -103,13 +144,13 @@ def source_of(item: Any, base: Source | None) -> Source:
         return Module(item.module, item.name)
     if isinstance(item, nn.Module):
         return Module(item)
+    item = adapter_of(item) or item
+    if isinstance(item, str | Path) and is_compressed(Path(item).expanduser()):
+        if base is None:
+            raise MergeError(f"{item} is a difference and needs its base; say which (base=, --base)")
+        return Compressed(Path(item).expanduser(), base, str(item))
     if isinstance(item, str | Path):
-        path = Path(item).expanduser()
-        if (path / "adapter_config.json").is_file():
-            item = Adapter.load(path)
-            item.name = item.name or path.name
-        else:
-            return Checkpoint(_downloaded(str(item)), str(item))
+        return Checkpoint(_downloaded(str(item)), str(item))
     if isinstance(item, Adapter):
         if base is None:
             raise MergeError(

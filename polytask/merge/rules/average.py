@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,8 +35,10 @@ class Linear(Rule):
         there = [i for i, w in enumerate(block.weights) if w]
         if len(there) == 1 and self.normalize:
             return block.tensors[there[0]]  # bit for bit
-        weights = normalized(block) if self.normalize else block.weights
-        return total(block.tensors, weights)
+        return total(block.tensors, self.factors(block))
+
+    def factors(self, block: Block) -> Sequence[float]:
+        return normalized(block) if self.normalize else block.weights
 
 
 @rules.register("task_arithmetic")
@@ -59,13 +62,16 @@ class TaskArithmetic(Rule):
     paper: ClassVar[str] = "arXiv 2212.04089"
 
     def merge(self, block: Block) -> Tensor:
-        weights = normalized(block) if self.normalize else block.weights
-        factors = [self.scale * w for w in weights]
+        factors = self.factors(block)
         there = [i for i, w in enumerate(factors) if w]
         if len(there) == 1 and factors[there[0]] == 1.0:
             return block.tensors[there[0]]  # b + (x - b) is not x in floating point
         # b + sum w (x - b) = (1 - sum w) b + sum w x: no differences are formed
         return total([block.zero, *block.tensors], [1.0 - sum(factors), *factors])
+
+    def factors(self, block: Block) -> list[float]:
+        weights = normalized(block) if self.normalize else block.weights
+        return [self.scale * w for w in weights]
 
 
 def normalized(block: Block) -> list[float]:

@@ -1,0 +1,422 @@
+"""Adapters merged as adapters: the rule sees the exact changes of the weights, and the result is an adapter again.
+
+Shapes: A [r, i] and B [o, r] of one adapter at one site, delta = s B A; N adapters, R the ranks of all together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from polytask.core.adapter import Adapter, Card
+from polytask.core.errors import ConfigError, MergeError, listing
+from polytask.core.form import Form, Patch
+from polytask.core.head import Head
+from polytask.core.site import Site
+from polytask.forms.factored import FactoredPatch
+from polytask.forms.full import DensePatch, Full
+from polytask.forms.lora import LoRA, LoRAPatch
+from polytask.forms.sparse import LTSFT, SparsePatch
+
+from .engine import Job, surveyed
+from .factors import difference, ranks_of, reduced, split
+from .rule import rules
+from .source import Adapted, Source
+
+As = Literal["lora", "full", "sparse"]
+
+
+class Stand(Source):
+    """Stands where a base would: tensors of its shapes, with one value everywhere."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], value: float = 0.0, name: str = "no base") -> None:
+        self.name, self._shapes, self.value = name, dict(shapes), value
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        whole = torch.full((), self.value).expand(self._shapes[name])
+        return whole if whole.dim() == 0 else whole[start:stop]
+
+
+class Changes(Source):
+    """What an adapter changes, by the names of the tensors; zero where it has no patch.
+
+    Args:
+        adapter: of a form that has a dense change.
+        base: of what it changes; a `Stand` where the changes do not depend on the weights.
+        shapes: of all tensors that the result has.
+    """
+
+    def __init__(self, adapter: Adapter, base: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.within = Adapted(base, adapter, alone=True)
+        self.name, self._shapes = self.within.name, shapes
+        self.place = {
+            _tensor(adapter.patches[site].site, parameter): tensor
+            for tensor, (site, parameter) in self.within._sites.items()
+        }
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        change = self.within.change(self.place[name]) if name in self.place else None
+        if change is None:
+            return torch.zeros(self._shapes[name])[start:stop]
+        return change[start:stop]
+
+
+@dataclass
+class _Union:
+    """The sites of all adapters, and the parameters that change there."""
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    parameters: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            _tensor(site, parameter): _shape(site, parameter)
+            for name, site in self.sites.items()
+            for parameter in self.parameters[name]
+        }
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    method: str = "linear",
+    weights: Sequence[Any] | None = None,
+    *,
+    base: Source | Adapter | None = None,
+    as_: As | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    each: Mapping[str, Sequence[Any]] | None = None,
+    name: str = "",
+    **settings: Any,
+) -> Adapter:
+    """One adapter from several. The rule works on the changes of the weights, never on factors.
+
+    A rule that is a weighted sum gives a LoRA exactly, from LoRAs: their factors side by side, of rank ``sum_i r_i``. The change
+    that any other rule gives has a high rank: as a LoRA it is the nearest one of its rank, and the card has the relative error.
+    Shares of all tensors (a density of TIES) are of those that the adapters change, and not of the whole model.
+
+    Args:
+        adapters: of forms that have dense changes, for one base. They may differ in form, rank, scale and sites.
+        method: the rule.
+        weights: one for each adapter.
+        base: the adapters' base, which only forms need whose changes depend on the weights (DoRA); or an adapter that
+            differences are taken to, or that is one end of the way (SLERP).
+        as_: the result's form: ``lora``, ``full`` (a dense change) or ``sparse`` (LT-SFT's, of the numbers that are not zero). As
+            the adapters are when None: ``full`` where they differ.
+        rank: the LoRA's largest rank at a site; the sum of the adapters' ranks there when None.
+        seed: of everything random.
+        each: settings of each adapter, by name.
+        name: of the result.
+        settings: of the rule.
+
+    Raises:
+        MergeError: the adapters do not fit together, have no dense change, or cannot be expressed in the form.
+        ConfigError: an unknown method or setting.
+    """
+    everything = [*adapters, *([base] if isinstance(base, Adapter) else [])]
+    union = together(everything)
+    kind = rules[method]
+    if as_ not in (None, "lora", "full", "sparse"):
+        raise ConfigError(f"as_ must be one of lora, full, sparse, got {as_!r}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if kind.ends and not isinstance(base, Adapter):
+        raise MergeError(f"{method} goes from one adapter to another; give the first one as base=")
+    stand = base if isinstance(base, Source) else Stand(_bare(union))
+    if isinstance(stand, Stand):
+        for adapter in everything:
+            _independent(adapter, union)
+    sources = [Changes(adapter, stand, union.shapes) for adapter in adapters]
+    origin: Source | None = Stand(union.shapes) if kind.needs_base else None
+    if isinstance(base, Adapter):
+        origin = Changes(base, stand, union.shapes)
+    job = Job(sources, method, settings, origin, weights, each or {}, seed)
+    form = as_ or _form_of(adapters, rank)
+    if rank is not None and form != "lora":
+        raise ConfigError(f"rank= is of a LoRA, and the result has the form {form}; say as_='lora'")
+    with torch.no_grad():
+        made, errors = _merged(job, union, adapters, base if isinstance(base, Adapter) else None, form, rank)
+    if not made:
+        raise MergeError(
+            f"merging {listing(a.name or 'an adapter' for a in adapters)} by {method} leaves no change at any site"
+        )
+    heads = _heads(everything)
+    card = _card(job, everything, form, rank, errors)
+    general = _general(list(made.values()))
+    same = {a.short_targets for a in everything}
+    targets = next(iter(same)) if len(same) == 1 and len(made) == len(adapters[0].patches) else ()
+    return Adapter(general, made, heads, card, name or method, targets).trainable(False)
+
+
+def _merged(
+    job: Job, union: _Union, adapters: Sequence[Adapter], first: Adapter | None, form: As, rank: int | None
+) -> tuple[dict[str, Patch], dict[str, tuple[float, float]]]:
+    """The patches, and of each site that is an approximation the squares of the error and of the change."""
+    facts = surveyed(job)
+    made: dict[str, Patch] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    full = _dense_form(union, form)
+    for name, site in union.sites.items():
+        if form == "lora":
+            patch, error = _lora(job, facts, union, adapters, first, site, rank)
+            if error is not None:
+                errors[name] = error
+        else:
+            patch = _dense(full, site, {p: _whole(job, _tensor(site, p), facts) for p in union.parameters[name]})
+        if patch is not None:
+            made[name] = patch
+    return made, errors
+
+
+def _whole(job: Job, tensor: str, facts: Any) -> Tensor:
+    merged = job.rule_of(tensor).merge(job.block(tensor, 0, None, facts))
+    if not bool(torch.isfinite(merged).all()):
+        raise MergeError(
+            f"merging {tensor} by {job.rule} gave entries that are not finite numbers; look at its inputs there"
+        )
+    return merged
+
+
+def _lora(
+    job: Job,
+    facts: Any,
+    union: _Union,
+    adapters: Sequence[Adapter],
+    first: Adapter | None,
+    site: Site,
+    rank: int | None,
+) -> tuple[Patch | None, tuple[float, float] | None]:
+    """The patch at a site; None where nothing changes there. And the squares of error and change where it is not exact."""
+    reason = LoRA(rank=1).refuses(site)
+    parameter = site.param or "weight"
+    if reason or parameter not in union.parameters[site.name]:
+        raise MergeError(f"at {site.name!r} a LoRA cannot say what changes ({reason or 'a bias'}); say as_='full'")
+    for other in union.parameters[site.name]:
+        if other != parameter and bool(_whole(job, _tensor(site, other), facts).any()):
+            raise MergeError(f"at {site.name!r} the {other} changes too, which a LoRA cannot say; say as_='full'")
+    patches = [adapter.patches.get(site.name) for adapter in adapters]
+    start = first.patches.get(site.name) if first is not None else None
+    own = [None if patch is None else factors_of(patch) for patch in (*patches, start)]
+    total = sum(f[0].shape[ranks_of(site)[0]] for f in own if f is not None)
+    tensor = _tensor(site, parameter)
+    factors = None
+    if all(patch is None or f is not None for patch, f in zip((*patches, start), own, strict=True)):
+        factors = job.rule_of(tensor).factors(job.frame(tensor, facts))
+    if factors is not None:
+        weighed = [
+            (f[0], f[1] * w) for f, w in zip(own, [*factors, 1.0 - sum(factors)], strict=True) if f is not None and w
+        ]
+        if not weighed:
+            return None, None
+        a, b = ranks_of(site)
+        pair = torch.cat([A for A, _ in weighed], a), torch.cat([B for _, B in weighed], b)
+        if rank is None or pair[0].shape[a] <= rank:
+            return _patch(site, *pair), None
+        A, B, error = reduced(site, *pair, rank)
+        return _patch(site, A, B), error
+    merged = _whole(job, tensor, facts)
+    if not bool(merged.any()):
+        return None, None
+    A, B, error = split(site, merged, rank or total or min(site.d_in, site.d_out))
+    return _patch(site, A, B), error
+
+
+def _patch(site: Site, A: Tensor, B: Tensor) -> LoRAPatch:
+    rank = A.shape[ranks_of(site)[0]]
+    patch = LoRAPatch(LoRA(rank=rank, alpha=float(rank)), site)
+    patch.load({"A": A.float().contiguous(), "B": B.float().contiguous()})
+    return patch
+
+
+def factors_of(patch: Patch) -> tuple[Tensor, Tensor] | None:
+    """A and s B in fp32, of a patch that is a LoRA; None else."""
+    if isinstance(patch, FactoredPatch) and type(patch).delta is FactoredPatch.delta:
+        patch = patch.plain()
+    if not isinstance(patch, LoRAPatch) or type(patch).delta is not LoRAPatch.delta:
+        return None
+    return patch.A.detach().float().cpu(), patch.B.detach().float().cpu() * patch.form.scale
+
+
+def _dense_form(union: _Union, form: As) -> Form:
+    named = {p for name, site in union.sites.items() if not site.param for p in union.parameters[name]}
+    parameters: Any = next(iter(named)) if len(named) == 1 else "all"
+    if form == "sparse":
+        return LTSFT(parameters=parameters)
+    return Full(parameters=parameters if parameters in ("weight", "bias") else "all")
+
+
+def _dense(form: Form, site: Site, merged: Mapping[str, Tensor]) -> Patch | None:
+    form.require(site)
+    patch = form.patch(site)
+    assert isinstance(patch, DensePatch)
+    values = {n: merged[n].float() if n in merged else torch.zeros(shape) for n, shape in patch.shapes.items()}
+    if not isinstance(patch, SparsePatch):
+        patch.load({"value" if site.param else n: v.contiguous().clone() for n, v in values.items()})
+        return patch
+    flat = torch.cat([value.flatten() for value in values.values()])
+    at = flat.nonzero().flatten()
+    if not len(at):
+        return None
+    patch.load({"at": at.to(patch.whole), "values": flat[at]})
+    return patch
+
+
+def _general(patches: Sequence[Patch]) -> Form:
+    """The form that describes most: the LoRA of the largest rank; the sparse one with its density."""
+    form = patches[0].form
+    if isinstance(form, LoRA):
+        return max((p.form for p in patches if isinstance(p.form, LoRA)), key=lambda f: f.rank)
+    if isinstance(form, LTSFT):
+        sparse = [p for p in patches if isinstance(p, SparsePatch)]
+        moved = sum(patch.get_parameter("at").numel() for patch in sparse)
+        form = LTSFT(parameters=form.parameters, density=moved / sum(patch.total for patch in sparse))
+        for patch in sparse:
+            patch.form = form
+    general: Form = form
+    return general
+
+
+def _form_of(adapters: Sequence[Adapter], rank: int | None) -> As:
+    patches = [patch for adapter in adapters for patch in adapter.patches.values()]
+    if rank is not None or all(isinstance(patch, LoRAPatch) for patch in patches):
+        return "lora"
+    return "sparse" if all(isinstance(patch, SparsePatch) for patch in patches) else "full"
+
+
+# What fits together
+
+
+def together(adapters: Sequence[Adapter]) -> _Union:
+    """All sites. Raises `MergeError` where the adapters are of different bases, or have a site in different shapes."""
+    prints = [(a.name, str(a.card.base["fingerprint"])) for a in adapters if a.card.base.get("fingerprint")]
+    if len({weights for _, weights in prints}) > 1:
+        said = listing(f"{name!r} (weights {weights[:8]})" for name, weights in prints)
+        raise MergeError(f"the adapters were made for different bases: {said}; merge adapters of one base")
+    union = _Union()
+    for adapter in adapters:
+        if not adapter.form.mergeable:
+            raise MergeError(
+                f"the adapter {adapter.name!r} has the form {adapter.form.name!r}, which has no dense change of a weight, so it "
+                "cannot be merged; keep it attached, or merge outputs with a mix"
+            )
+        for name, patch in adapter.patches.items():
+            site = union.sites.setdefault(name, patch.site)
+            if site.shape != patch.site.shape or site.kind != patch.site.kind:
+                raise MergeError(
+                    f"at {name!r} the adapter {adapter.name!r} is for a {patch.site.kind} of shape {patch.site.shape}, and "
+                    f"another for a {site.kind} of shape {site.shape}; merge adapters of one base"
+                )
+            known = union.parameters.setdefault(name, [])
+            known += [p for p in _changed(patch) if p not in known]
+    return union
+
+
+def _changed(patch: Patch) -> list[str]:
+    """The parameters that a patch changes."""
+    site = patch.site
+    if site.param:
+        return [site.param]
+    if isinstance(patch, DensePatch):
+        return list(patch.shapes)
+    both = site.bias and type(patch).deltas is not Patch.deltas
+    return ["weight", "bias"] if both else ["weight"]
+
+
+def _tensor(site: Site, parameter: str) -> str:
+    return f"{site.path}.{parameter}".lstrip(".")
+
+
+def _shape(site: Site, parameter: str) -> tuple[int, ...]:
+    if parameter != "bias" or site.param:
+        return site.shape
+    return site.shape if site.kind == "norm" else (site.d_out if site.kind == "linear" else site.shape[0],)
+
+
+def _bare(union: _Union) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a base would have at the sites, also those that nobody changes."""
+    return union.shapes | {
+        _tensor(s, p): _shape(s, p)
+        for s in union.sites.values()
+        for p in ([s.param] if s.param else ["weight", *(["bias"] if s.bias else [])])
+    }
+
+
+def _independent(adapter: Adapter, union: _Union) -> None:
+    """Raises `MergeError` where a change depends on the base's weights: it differs between two of them."""
+    seen = set()
+    for site, patch in adapter.patches.items():
+        kind = (type(patch), type(patch.form), patch.site.kind)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        bare = _bare(union)
+        found = [Adapted(Stand(bare, value), adapter, alone=True)._changes(site) for value in (0.0, 0.5)]
+        if any(not torch.equal(change, found[1][key]) for key, change in found[0].items()):
+            raise MergeError(
+                f"what the adapter {adapter.name!r} ({adapter.form.name}) changes depends on the base's weights; give them too "
+                "(base=, and as_= for an adapter as the result)"
+            )
+
+
+def _heads(adapters: Sequence[Adapter]) -> dict[str, Head]:
+    heads: dict[str, Head] = {}
+    for adapter in adapters:
+        for task, head in adapter.heads.items():
+            other = heads.setdefault(task, head)
+            own, theirs = head.state_dict(), other.state_dict()
+            if own.keys() != theirs.keys() or any(not torch.equal(v, theirs[k]) for k, v in own.items()):
+                raise MergeError(
+                    f"two of the adapters have different heads for the task {task!r}, and heads are not averaged; take one "
+                    f"away before (adapter.heads.pop({task!r})), or give it another name"
+                )
+    return heads
+
+
+def _card(
+    job: Job, adapters: Sequence[Adapter], form: As, rank: int | None, errors: Mapping[str, tuple[float, float]]
+) -> Card:
+    import polytask
+
+    base: dict[str, Any] = {}
+    for adapter in reversed(adapters):
+        unlike = {**base.get("unlike_peft", {}), **adapter.card.base.get("unlike_peft", {})}
+        base = {**base, **adapter.card.base, **({"unlike_peft": unlike} if unlike else {})}
+    base.pop("modules_to_save", None)
+    tasks: list[dict[str, Any]] = []
+    for adapter in adapters:
+        tasks += [task for task in adapter.card.tasks if task not in tasks]
+    licences = {adapter.card.licence for adapter in adapters}
+    said: dict[str, Any] = {
+        "method": job.rule, "paper": job.kind.paper, "settings": dict(job.settings), "seed": job.seed, "as": form, "rank": rank,
+        "adapters": [adapter.name for adapter in adapters], "weights": None if job.weights is None else list(job.weights),
+        "each": {k: list(v) for k, v in job.each.items()}, "relative_error": difference(errors.values()),
+    }  # fmt: skip
+    if errors:
+        said["relative_error_by_site"] = {site: difference([e]) for site, e in errors.items()}
+    return Card(
+        base=base,
+        tasks=tasks,
+        training={"merge": said},
+        parents=[adapter.hash for adapter in adapters],
+        licence=licences.pop() if len(licences) == 1 else "",
+        versions={"polytask": polytask.__version__},
+    )
