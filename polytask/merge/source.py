@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -82,12 +85,10 @@ class Checkpoint(Source):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         file = self._file(self._place[name])
-        if isinstance(file, Mapping):
-            whole: Tensor = file[name]
-            return whole if whole.dim() == 0 else whole[start:stop]
-        if not self._shapes[name] or (start == 0 and stop in (None, self._shapes[name][0])):
-            return file.get_tensor(name)  # type: ignore[no-any-return]
-        return file.get_slice(name)[start:stop]  # type: ignore[no-any-return]
+        if isinstance(file, Safe):
+            return file.read(name, self._shapes[name], self._dtypes[name], start, stop)
+        whole: Tensor = file[name]
+        return whole if whole.dim() == 0 else whole[start:stop]
 
     def _find(self) -> dict[Path, list[str] | None]:
         """The files, each with the names that an index promises of it."""
@@ -127,17 +128,17 @@ class Checkpoint(Source):
     def _file(self, path: Path) -> Any:
         """The opened file: of safetensors, or the mapping that a pickled one holds."""
         if path not in self._files:
-            from safetensors import SafetensorError, safe_open
+            from safetensors import SafetensorError
 
             try:
                 if path.suffix == ".safetensors":
-                    self._files[path] = safe_open(path, framework="pt")
+                    self._files[path] = Safe(path)
                 else:
                     self._files[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+                reason = str(error).partition("\n")[0][:120]
                 raise MergeError(
-                    f"{path} cannot be read ({str(error).splitlines()[0][:120]}); it is cut short or no file of weights, so "
-                    "copy it again"
+                    f"{path} cannot be read ({reason}); it is cut short or no file of weights, so copy it again"
                 ) from error
             except Exception as error:  # pickles fail in many ways, also on purpose
                 raise MergeError(
@@ -147,23 +148,67 @@ class Checkpoint(Source):
 
     def _read_header(self, path: Path, wanted: list[str] | None) -> None:
         file = self._file(path)
-        names: Iterable[str] = file.keys()
+        names: Iterable[str] = file.places if isinstance(file, Safe) else file
         lacking = sorted(set(wanted or ()) - set(names))
         if lacking:
             raise MergeError(f"{path} lacks {listing(lacking, 4)}, which the index places there; copy the folder again")
         for name in wanted or names:
             self._place[name] = path
-            if isinstance(file, Mapping):
+            if not isinstance(file, Safe):
                 value = file[name]
                 if not isinstance(value, Tensor):
                     raise MergeError(f"{path} holds {name!r}, which is no tensor; give a file of a model's weights")
                 self._shapes[name], self._dtypes[name] = tuple(value.shape), value.dtype
                 continue
-            view = file.get_slice(name)
-            kind = str(view.get_dtype())
+            kind, shape, _ = file.places[name]
             if kind not in DTYPES:
                 raise MergeError(f"{name} of {self.name} is stored as {kind}, which cannot be merged; convert it first")
-            self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), DTYPES[kind]
+            self._shapes[name], self._dtypes[name] = shape, DTYPES[kind]
+
+
+class Safe:
+    """A safetensors file that is read in pieces into memory of its own.
+
+    The library maps a file into memory, where every page that was read once counts as the process's. It checks the file
+    here; the pieces are read at their places.
+
+    Args:
+        path: the file.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt"):
+            pass  # its header fits its size, and its tensors its header
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        header = json.loads(os.pread(self._file, length, 8))
+        self.places: dict[str, tuple[str, tuple[int, ...], int]] = {  # type, shape, first byte
+            name: (said["dtype"], tuple(said["shape"]), 8 + length + said["data_offsets"][0])
+            for name, said in header.items()
+            if name != "__metadata__"
+        }
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, start: int, stop: int | None) -> Tensor:
+        """Rows of a tensor, all of one without dimensions."""
+        at = self.places[name][2]
+        if shape:
+            first, last, _ = slice(start, stop).indices(shape[0])
+            shape, whole = (max(0, last - first), *shape[1:]), math.prod(shape[1:])
+            at += first * whole * dtype.itemsize
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        left = memoryview(data.numpy())
+        while left:  # one call reads two gigabytes at most
+            count = os.preadv(self._file, [left], at)
+            if not count:
+                raise MergeError(f"{name} ends before it should; the file was changed while it was read")
+            left, at = left[count:], at + count
+        return data.view(dtype).view(shape)
 
 
 class Module(Source):
