@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_command_in_the_readme_exists():
-    from polytask.cli.app import app
+    from polytask.cli import commands
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     said = set(re.findall(r"`polytask (\w+)", text))
-    assert said == {command.callback.__name__ for command in app.registered_commands}
+    assert said == {command.callback.__name__ for command in commands().registered_commands}
 
 
 def test_every_link_in_the_documents_leads_somewhere():

@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from typing import Any
+
+
+def commands() -> Any:
+    """The command line with every command registered."""
+    from . import merging
+    from .app import app
+
+    assert merging.merge
+    return app
 
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 it could not be done, 2 the command or its settings are wrong."""
     from polytask.core.errors import ConfigError, PolytaskError
 
-    from . import merging  # noqa: F401  its command is registered
-    from .app import app
     from .streams import flush
 
     # torch's threads wait by spinning; where another program holds a core, that makes every step several times slower
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = os.environ.get("POLYTASK_DEBUG", "") not in ("", "0")
     try:
-        code = app(standalone_mode=False)
+        code = commands()(standalone_mode=False)
         flush()
         sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
