@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from contextlib import suppress
@@ -10,10 +11,9 @@ from typing import Any
 
 def commands() -> Any:
     """The command line with every command registered."""
-    from . import merging
     from .app import app
 
-    assert merging.merge
+    importlib.import_module(".merging", __name__)
     return app
 
 
