@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,9 @@ class Slot:
         self.patches: dict[str, Patch] = {}
         self.names: tuple[str, ...] = ()
         self.acted = False  # whether the module's last call added the mix; `_outer` asks
-        self._prefers = 0  # how many patches would rather change the weight
+        self.acting = Counter(
+            output=0, weight=0, around=0
+        )  # how many patches act in which way; counted, as there may be hundreds
         self._banks: tuple[tuple[str, ...], list[Bank]] | None = None
         self._weights: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
@@ -135,12 +138,12 @@ class Slot:
         if name in self.patches:
             self.take(name)
         self.patches[name] = patch.bound(self.module, self.site)
-        self._prefers += patch.acts == "weight"
+        self.acting[patch.acts] += 1
         self._changed()
 
     def take(self, name: str) -> None:
         """Removes an adapter's patch."""
-        self._prefers -= self.patches.pop(name).acts == "weight"
+        self.acting[self.patches.pop(name).acts] -= 1
         self._changed()
 
     def _changed(self) -> None:
@@ -152,7 +155,7 @@ class Slot:
         """The module's own parameters whose readers must see the adapted tensor."""
         if self.site.param:
             return (self.site.param,)
-        if self.site.read == "call" and not self._prefers:
+        if self.site.read == "call" and not self.acting["weight"]:
             return ()
         return tuple(n for n, p in self.module._parameters.items() if p is not None)
 
@@ -188,7 +191,7 @@ class Slot:
         """Whether the change is made to the weight: nobody calls the module, or all active patches prefer it."""
         if self.site.read == "weight":
             return True
-        if not self._prefers:
+        if not self.acting["weight"]:
             return False
         fixed = mix.fixed(self.site, self.names)
         return fixed is not None and all(self.patches[n].acts == "weight" for n, w in fixed.items() if w)
@@ -423,7 +426,7 @@ def refresh(module: nn.Module, hub: Hub | None) -> None:
     called = own is not None and own.site.read == "call"
     where = own.site.kind if own is not None and own.site.kind in ("attention", "input") else "output" if called else ""
     called = where == "output"
-    if called and own is not None and any(patch.acts == "around" for patch in own.patches.values()):
+    if called and own is not None and own.acting["around"]:
         where = "around"
     kind = swapped(cls, reads, where, hub is not None)  # type: ignore[arg-type]  # classes can be hashed
     module.__class__ = kind
