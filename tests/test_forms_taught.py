@@ -10,7 +10,7 @@ from conftest import colours
 
 import polytask as pt
 from polytask.core.errors import AdapterError, ConfigError
-from polytask.core.head import Seen, collate, trunk
+from polytask.core.head import Seen, collate
 from polytask.forms import _retriever
 from polytask.forms._teacher import apart
 
@@ -37,7 +37,7 @@ def seen_of(model, student, task, name="student"):
     rows = head.rows(model, task.train[:5])
     seen = Seen(model, name, student, task.name, rows, None)
     with model.using(name, tasks=task.name):
-        out = trunk(model, head, seen.batch)
+        out = head.run(model, seen.batch)
     return dataclasses.replace(seen, out=out)
 
 
@@ -66,7 +66,7 @@ def test_what_a_teacher_adds_by_hand(encoder):
     encoder.attach(teacher, "teacher")
     seen = seen_of(encoder, student, task)
     with torch.no_grad(), encoder.using("teacher"):
-        h = trunk(encoder, seen.head, seen.batch)
+        h = seen.head.run(encoder, seen.batch)
         p = teacher.heads[task.name].linear(h).softmax(1)
         q = student.heads[task.name].linear(seen.out).softmax(1)
         wanted = (p * (p / q).log()).sum(1) + (h - seen.out).square().mean(1)

@@ -14,7 +14,7 @@ from conftest import colours, same_state
 
 import polytask as pt
 from polytask.core.errors import ConfigError, DataError, LearnError, ModelError
-from polytask.core.head import collate, head_for
+from polytask.core.head import Head, collate, head_for
 from polytask.core.task import Example
 from polytask.learn import learner, plan, precision
 from polytask.learn.learner import Interrupted
@@ -199,7 +199,7 @@ def test_running_out_of_memory_gives_advice(encoder, task, monkeypatch):
     def hungry(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes")
 
-    monkeypatch.setattr(learner, "trunk", hungry)
+    monkeypatch.setattr(Head, "run", hungry)
     with pytest.raises(LearnError, match="lower batch_size"):
         pt.learn(encoder, task, **QUICK)
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from zoo import tiny
@@ -259,6 +259,42 @@ def test_a_folder_is_merged_in_shards_that_transformers_reads(folders, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(out).values(), tensors_of(whole).values(), strict=True))
     again = pt.merge(folders, "linear", weights=[1, 2, 1], out=tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rule", ["linear", "ties", "slerp"])
+def test_files_in_rows_give_what_whole_files_give(folders, rule):
+    """What is on disk is read in pieces: every row comes from its own place."""
+    models = [Checkpoint(folder) for folder in folders[1 : 2 if rule == "slerp" else 3]]
+    jobs = [Job(models, rule, base=Checkpoint(folders[0]), elements=n) if rules[rule].needs_base
+            else Job(models, rule, elements=n) for n in (1, 40, 10**9)]  # fmt: skip
+    one, some, whole = (merged(job) for job in jobs)
+    close(one, whole, 1e-6)
+    close(some, whole, 1e-6)
+    held = [Held(m.name, {n: m.read(n) for n in m.shapes}) for m in (Checkpoint(folders[0]), *models)]
+    close(whole, merged(Job(held[1:], rule, base=held[0] if rules[rule].needs_base else None)), 1e-6)
+
+
+@given(start=st.integers(0, 98), stop=st.one_of(st.none(), st.integers(0, 120)))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_a_file_are_those_rows(folders, start, stop):
+    from safetensors.torch import load_file
+
+    name = "model.embed_tokens.weight"
+    assert torch.equal(
+        Checkpoint(folders[0]).read(name, start, stop), load_file(folders[0] / "model.safetensors")[name][start:stop]
+    )
+
+
+def test_a_line_of_the_journal_that_was_cut_short_does_not_count(tmp_path):
+    """The beginning of one name may be another's: that tensor is written again."""
+    layout = [("w", (2,), torch.float32), ("w2", (2,), torch.float32)]
+    first = Writer(tmp_path, layout, key="k")
+    first.put("w2", torch.ones(2))
+    first.close()
+    (tmp_path / writing.WORK / "done").write_text("w")  # of w2, without its end
+    again = Writer(tmp_path, layout, key="k", resume=True)
+    assert again.done == set()
+    again.close()
 
 
 def test_pickled_weights_are_read_safely_and_code_is_not(folders, tmp_path):

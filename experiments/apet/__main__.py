@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import polytask as pt
-from polytask.core.head import TextHead, collate, trunk
+from polytask.core.head import TextHead, collate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -51,7 +51,7 @@ def losses(model: Any, examples: Any, name: str | None) -> list[float]:
     found: list[float] = []
     with torch.no_grad(), model.using(name):
         for at in range(0, len(rows), 20):
-            nll, count = trunk(model, head, collate(model, head, rows[at : at + 20]))
+            nll, count = head.run(model, collate(model, head, rows[at : at + 20]))
             found += (nll / count).tolist()
     return found
 

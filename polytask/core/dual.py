@@ -110,8 +110,7 @@ def similarity(model: Model, batch: Mapping[str, Tensor], templates: int = 1, ca
     hub, pixels = model._hub, batch["pixel_values"]
     texts = {k: batch[k] for k in ("input_ids", "attention_mask")}
     B, mix = len(pixels), hub.mix
-    known = (call or Call(tasks=hub.call.tasks, rows=B)).spread()
-    known = replace(known, rows=B)
+    known = replace(call or Call(tasks=hub.call.tasks), rows=B).spread()
     active = [hub.adapters[name].form for name in (mix.names() if mix is not None else ())]
     wants = {what for form in active for what in form.wants}
     frozen = _frozen(model, texts, templates) if "texts" in wants else None

@@ -415,11 +415,6 @@ def collate(model: Model, head: Head, rows: Sequence[Row]) -> dict[str, Tensor]:
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def trunk(model: Model, head: Head, batch: Mapping[str, Tensor]) -> Out:
-    """What the base computes for a head."""
-    return head.run(model, batch)
-
-
 def split(out: Out, counts: Sequence[int]) -> list[Out]:
     """A trunk's result cut into groups of sequences."""
     if isinstance(out, tuple):

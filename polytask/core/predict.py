@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .head import Head, TextHead, collate, split, trunk
+from .head import Head, TextHead, collate, split
 from .memory import memory_advice
 from .model import Model
 from .rows import Row
@@ -51,7 +51,7 @@ def predict(
             if writes and isinstance(head, TextHead):
                 answers: list[Any] = list(head.write(model, chosen))
             else:
-                answers = head.predict(trunk(model, head, collate(model, head, chosen)), chosen)
+                answers = head.predict(head.run(model, collate(model, head, chosen)), chosen)
         for i, answer in zip(batch, answers, strict=True):
             found[i] = answer
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.core.errors import AdapterError
-from polytask.core.head import Head, LinearHead, trunk
+from polytask.core.head import Head, LinearHead
 from polytask.core.rows import Row
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def apart(seen: Seen, teacher: str) -> Tensor:
     model, head, batch = seen.model, seen.head, seen.batch
     if isinstance(head, LinearHead):
         with torch.no_grad(), model.using(teacher, tasks=seen.task):
-            there = trunk(model, head, batch)
+            there = head.run(model, batch)
             wanted = model.adapters[teacher].heads[seen.task]._logits(there)  # type: ignore[operator]
         here: Tensor = seen.out  # type: ignore[assignment]
         distance = (here - there).float().square().mean(1)  # type: ignore[operator]  # [S]
@@ -93,7 +93,7 @@ def _words(seen: Seen, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     layer = seen.model.module.get_output_embeddings()  # type: ignore[operator]
     handle = layer.register_forward_hook(lambda module, args, out: caught.append((args[0], out)))
     try:
-        trunk(seen.model, seen.head, batch)
+        seen.head.run(seen.model, batch)
     finally:
         handle.remove()
     hidden, logits = caught[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ._dual import CONTEXT, DeepPatch, DualTokens, at_least, linear_, shallower,
 from .prompt import TokensPatch
 
 if TYPE_CHECKING:
+    from polytask.core.dual import SimilarityHead
     from polytask.core.head import Seen
 
 
@@ -132,7 +134,8 @@ class PromptSRC(BothTowers):
         sigma: their deviation in epochs.
 
     Reference: Khattak et al., Self-regulating Prompts: Foundational Model Adaptation without Forgetting, arXiv 2307.06948.
-    There 60 templates for ImageNet; here a few of our own, and only the prompts are averaged, in fp32.
+    There 60 templates for ImageNet; here a few of our own. What is learned is averaged in fp32, a head's own numbers too,
+    and nothing of the base.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -185,7 +188,7 @@ class PromptSRC(BothTowers):
         head, out = seen.head, seen.out
         if not isinstance(head, SimilarityHead) or not isinstance(out, Pairs) or out.texts.dim() != 2:
             return values
-        plain = SimilarityHead(head.labels, self.templates, head.about)
+        plain = _plain(head.labels, self.templates, head.about)
         with torch.no_grad(), seen.model.using(None):
             base = plain.run(seen.model, plain.collate(seen.model, {"pixel_values": seen.batch["pixel_values"]}))
         assert isinstance(base, Pairs)
@@ -196,6 +199,14 @@ class PromptSRC(BothTowers):
         values = values + self.image_weight * (v - v_0).abs().mean(1)
         agreement = F.kl_div(z.log_softmax(1), z_0.log_softmax(1), log_target=True, reduction="none").sum(1)
         return values + self.logit_weight * agreement / z.shape[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _plain(labels: tuple[str, ...], templates: tuple[str, ...], about: tuple[str, ...]) -> SimilarityHead:
+    """The zero-shot head, kept because it keeps its texts' tokens."""
+    from polytask.core.dual import SimilarityHead
+
+    return SimilarityHead(labels, templates, about)
 
 
 @forms.register("mvlpt")

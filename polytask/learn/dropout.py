@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.core.errors import ConfigError
-from polytask.core.head import Head, LinearHead, Out, collate, trunk
+from polytask.core.head import Head, LinearHead, Out, collate
 from polytask.core.model import Model
 from polytask.core.rows import Row
 
@@ -59,7 +59,7 @@ class GradientDropout(Objective):
 
     def _guard(self, head: Head, out: Out, rows: Sequence[Row]) -> None:
         with torch.no_grad(), self.model.using(None):
-            bare = trunk(self.model, head, collate(self.model, head, rows))
+            bare = head.run(self.model, collate(self.model, head, rows))
         moving = [
             p
             for adapter in self.model.adapters.values()

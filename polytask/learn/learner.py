@@ -20,7 +20,7 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, LearnError
 from polytask.core.files import CONFIG
 from polytask.core.form import Form
-from polytask.core.head import Head, LinearHead, Out, Seen, collate, head_for, split, trunk
+from polytask.core.head import Head, LinearHead, Out, Seen, collate, head_for, split
 from polytask.core.measure import peak_memory
 from polytask.core.memory import memory_advice
 from polytask.core.mix import PerRow, Single
@@ -391,7 +391,7 @@ class Run:
             drawn[number][0].task_of(head) for number, head, part in group for row in part for _ in range(row.count)
         ]
         with self.model.using(mix, tasks=tasks):
-            out = trunk(self.model, head, batch)
+            out = head.run(self.model, batch)
         return split(out, [sum(row.count for row in part) for _, _, part in group])
 
     def _one_loss(self) -> float:
