@@ -89,6 +89,7 @@ class Hub:
         need = getattr(self.mix, "rows", None)
         if isinstance(need, tuple) and self.call.rows is not None:
             self._fits(len(need), self.call.rows, "the mix has an entry for")
+        self.mix.begin(kwargs, self.call, self.generating)
 
     def _fits(self, said: int, rows: int, what: str) -> int:
         """How many neighbouring rows of the batch each entry serves: one, or all beams of a row while generating."""
@@ -388,7 +389,9 @@ def _generating(original: Callable[..., Any]) -> Callable[..., Any]:
         if hub is None:
             return original(self, *args, **kwargs)
         before = (hub.generating, hub.call)
-        hub.enter(kwargs, args)  # the parts that generate calls by themselves (an encoder) know the call too
+        main = getattr(self, "main_input_name", None)
+        given = {str(main): args[0], **kwargs} if args and main else kwargs
+        hub.enter(given, args)  # the parts that generate calls by themselves (an encoder) know the call too
         hub.generating = True
         try:
             return original(self, *args, **kwargs)

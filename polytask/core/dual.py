@@ -292,6 +292,9 @@ class SimilarityHead(Head):
     def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
         return [self.labels[i] for i in self.logits(out).argmax(1).tolist()]
 
+    def scores(self, out: Out, rows: Sequence[Row]) -> Tensor:
+        return self.logits(out).float()
+
 
 class DecoupledHead(SimilarityHead):
     """The nearest class text, and beside it a classifier on channel-wise scaled features for the classes it learned (DePT).

@@ -124,6 +124,17 @@ class Head(nn.Module):
         """One prediction per row."""
         raise NotImplementedError
 
+    def scores(self, out: Out, rows: Sequence[Row]) -> Tensor:
+        """Of every class or choice, [B, C], whose softmax are probabilities; -inf where a row has fewer. The rows were made
+        with ``scoring=True``.
+
+        Raises:
+            ModelError: the task has no classes.
+        """
+        raise ModelError(
+            f"a task of kind {getattr(self, 'task', '?')!r} has no classes to choose from; give one of kind classify or choose"
+        )
+
 
 class LinearHead(Head):
     """A linear layer on pooled vectors, for encoders and image models.
@@ -214,7 +225,15 @@ class LinearHead(Head):
             return [[self.labels[i] for i in row.nonzero().flatten().tolist()] for row in logits > 0]
         if self.task == "regress":
             return [v * self.spread + self.center for v in logits.squeeze(1).tolist()]
-        return [int(g.argmax()) for g in logits.squeeze(1).split([row.count for row in rows])]
+        best: list[int] = self.scores(out, rows).argmax(1).tolist()
+        return best
+
+    def scores(self, out: Out, rows: Sequence[Row]) -> Tensor:
+        if self.task == "classify":
+            return self._logits(out)
+        if self.task == "choose":
+            return _side_by_side(self._logits(out).squeeze(1), rows)
+        return super().scores(out, rows)
 
     def _logits(self, out: Out) -> Tensor:
         logits: Tensor = self.linear(out.to(self.linear.weight.dtype))  # type: ignore[union-attr]
@@ -269,10 +288,12 @@ class WordsHead(Head):
         return nll, count.to(nll.dtype)
 
     def predict(self, out: Out, rows: Sequence[Row]) -> list[Any]:
-        nll, count = _likelihood(out)
-        score = nll / count.clamp(min=1) if self.per_token else nll
-        best = [int(group.argmin()) for group in score.split([row.count for row in rows])]
+        best = self.scores(out, rows).argmax(1).tolist()
         return best if self.task == "choose" else [self.labels[i] for i in best]
+
+    def scores(self, out: Out, rows: Sequence[Row]) -> Tensor:
+        nll, count = _likelihood(out)
+        return _side_by_side(-(nll / count.clamp(min=1) if self.per_token else nll), rows)
 
 
 class TextHead(Head):
@@ -334,6 +355,12 @@ class TextHead(Head):
         )
         new = out if model.kind == "seq2seq" else out[:, width:]
         return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _side_by_side(values: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One value for each sequence, [S], as [B, C]."""
+    groups = values.split([row.count for row in rows])
+    return nn.utils.rnn.pad_sequence(list(groups), batch_first=True, padding_value=-torch.inf)
 
 
 def _likelihood(out: Out) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class Mix(ABC):
             x: the site's input.
             y: the base's own output there.
             call: what this forward knows.
+        """
+
+    def begin(self, inputs: Mapping[str, Any], call: Call, generating: bool) -> None:  # noqa: B027
+        """Called at the start of each forward of the whole model, and of ``generate``, before any site acts.
+
+        Args:
+            inputs: the forward's arguments by name.
+            call: what this forward knows.
+            generating: whether ``generate`` goes on with what it began.
         """
 
     def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
