@@ -58,9 +58,9 @@ def save(adapter: Adapter, folder: Path) -> Path:
     }
     card = _card(adapter)
     meta = {"format": "pt", MARK: card["hash"]}
-    files = {WEIGHTS: encode(_apart(weights), meta)}
+    files = {WEIGHTS: _ordered(encode(_apart(weights), meta))}
     if heads:
-        files[HEADS] = encode(_apart(heads), meta)
+        files[HEADS] = _ordered(encode(_apart(heads), meta))
     files |= {CARD: _json(card), "README.md": _readme(adapter).encode(), CONFIG: _json(config)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +147,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return done
 
 
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order, which the library writes in any: the same adapter gives the same bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    said = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    return b"".join((data[:8], text.ljust(length), memoryview(data)[8 + length :])) if len(text) <= length else data
+
+
 def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n").encode()
 
@@ -185,6 +194,7 @@ def _readme(adapter: Adapter) -> str:
     count = f"{adapter.size:,} parameters at {len(adapter.patches)} sites"
     lines += [f"{adapter.form.name} adapter of {base}: {count}.", ""]
     lines += [f"- {task}: {score}" for task, score in card.metrics.items()]
+    lines += ["", *card.notes] if card.notes and card.metrics else card.notes
     return "\n".join(lines) + "\n"
 
 

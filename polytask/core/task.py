@@ -78,6 +78,8 @@ class Task:
     about: dict[str, str] = field(default_factory=dict)  # label to what it means, for models that read class texts
     licence: str = ""
     notes: list[str] = field(default_factory=list)
+    group: str = ""  # of tasks that may share an adapter
+    direction: str = ""  # of a translation: de-en
 
     def __post_init__(self) -> None:
         if self.kind not in METRICS:
@@ -99,8 +101,8 @@ class Task:
         """Read a task from a file, a folder, a `datasets` object, a table, or a list of dicts.
 
         `overrides` takes the keys of task.yaml (kind, inputs, target, labels, instruction, metric, description,
-        about, licence, modality, choices, files) and `where`, a dict of column to value that picks rows. They win over
-        task.yaml, which wins over what is guessed.
+        about, licence, modality, choices, files, group, direction) and `where`, a dict of column to value that picks rows.
+        They win over task.yaml, which wins over what is guessed.
 
         Raises DataError for what cannot be read or a bad row (file and line are named), ConfigError for an unknown
         key or a value out of range, StorageError for a file that may not be opened.

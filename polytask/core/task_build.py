@@ -52,7 +52,7 @@ def build(source: Any, name: str | None, skip_bad_rows: bool, overrides: Mapping
     notes = raw.notes + columns.notes
     train, dev, test = _carve(splits, notes)
     _observe((train, dev, test), notes)
-    texts = ("instruction", "metric", "description", "licence")
+    texts = ("instruction", "metric", "description", "licence", "group", "direction")
     return {
         **{key: said.get(key, "") for key in texts},
         "about": _about(said.get("about", {}), labels, task_name),

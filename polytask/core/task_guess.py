@@ -142,6 +142,8 @@ SETTINGS: dict[str, Callable[[Any], Any]] = {
     "description": _text,
     "about": _about,
     "licence": _text,
+    "group": _text,
+    "direction": _text,
     "modality": _one_of(MODALITIES),
     "choices": _choices,
     "files": _files,
