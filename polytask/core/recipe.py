@@ -34,6 +34,8 @@ class Schedule(Settings):
         base_dropout: whether the base's own dropout is on while learning. Off is quicker on a CPU.
         patience: evaluations on dev without a better score before it stops; 0 never stops early.
         evaluations: evaluations on dev, spread over the whole run; one per epoch when None.
+        snapshots: states that are kept on the way, spread over the whole run up to its end: ``out/snapshots/001`` and so on,
+            each an adapter with its heads, for `polytask.merge` by the rule ``average``.
     """
 
     epochs: float = Field(3.0, gt=0)
@@ -52,6 +54,7 @@ class Schedule(Settings):
     base_dropout: bool = False
     patience: int = Field(0, ge=0)
     evaluations: int | None = Field(None, ge=1)
+    snapshots: int = Field(0, ge=0)
 
 
 class Stage(Settings):

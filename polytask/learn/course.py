@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from polytask.core.adapter import Adapter
+from polytask.core.adapter import Adapter, Card
 from polytask.core.errors import DataError, LearnError
 from polytask.core.head import Head, TextHead
 from polytask.core.metrics import METRICS, default_metric
@@ -41,6 +42,8 @@ class Course:
         best: (score, step, state) of the best evaluation on dev.
         budget: how its ranks are dealt out.
         mean: the weighted sum of the states at the ends of the epochs so far, where the form learns their average.
+        starts: sha256 of the values that each task's head had when learning began: what may be averaged with it later has the
+            same.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Course:
     budget: Budget | None = None
     controller: Controller | None = None
     mean: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites = list(self.adapter.patches)  # a start or a budget may take some away
@@ -100,6 +104,28 @@ class Course:
     def lr(self) -> float:
         """The peak learning rate of the patches."""
         return self.schedule.lr or self.adapter.form.default_lr
+
+    @property
+    def trained(self) -> int:
+        """How many numbers learn."""
+        return sum(p.numel() for p in self.adapter.parameters() if p.requires_grad)
+
+    def describe(self, card: Card, trained: int, **more: Any) -> None:
+        """Writes into a card what was learned from and how.
+
+        Args:
+            card: of the course's adapter, or of a snapshot of it.
+            trained: how many numbers learned.
+            more: what else is known of the training.
+        """
+        import polytask
+
+        card.tasks = [{**task.summary(), "hash": task.hash} for task in self.tasks]
+        card.training = {
+            **more, "steps": self.step, "trained_parameters": trained, "lr": self.lr,
+            "stage": self.stage.model_dump(mode="json"), "head_starts": self.starts,
+        }  # fmt: skip
+        card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
 
     @property
     def done(self) -> bool:

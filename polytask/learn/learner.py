@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,11 @@ from polytask.core.rows import Row
 from polytask.core.select import Selector
 from polytask.core.task import Task, read_tasks
 
-from . import checkpoint, precision
+from . import checkpoint, precision, snapshots
 from .budget import Budget, ranks
 from .course import Course
 from .objectives import Objective, objectives
+from .snapshots import digest
 from .warm import warm
 from .watch import Stop, Watch, stoppable
 
@@ -117,6 +117,8 @@ def learn(
             "schedule": Schedule.of(schedule, "learn"),
         }
     )  # fmt: skip
+    if stage.schedule.snapshots and out is None:
+        raise ConfigError("snapshots are written into a folder; say which (out=, --out)")
     groups = [[task] for task in given] if mixture == "together" else [given]
     courses = []
     for group in groups:
@@ -213,6 +215,7 @@ class Run:
             self._warm()
             self._agree()
             for course in self.courses:
+                course.starts = {task: digest(head) for task, head in course.adapter.heads.items()}
                 course.prepare()
             chosen, why = precision.choose(schedule.precision, self.model.module, self.model.device, self._one_loss)
             self.key = checkpoint.signature(self.courses, self.model.fingerprint, chosen)
@@ -303,12 +306,18 @@ class Run:
             total, done=step if resumed else 0, folder=self.out if main else None, show=self.progress and main,
             title=title, tracker=self.accelerator if self.tracker else None,
         )  # fmt: skip
+        if self.out is not None and main and not resumed:
+            for course in self.courses:
+                snapshots.clear(course, self._folder(course))
         try:
             while not all(course.done for course in self.courses):
                 active = [course for course in self.courses if not course.done]
                 loss, examples = self._step(active)
                 step = max(course.step for course in active)
                 watch.step(step, loss, examples, lr=active[0].scheduler.get_last_lr()[0])
+                if self.out is not None and main:
+                    for course in active:
+                        snapshots.keep(course, self._folder(course))
                 checked = [c for c in active if c.step in c.checks or c.done]
                 for course in checked:
                     record = course.evaluate(self.model)
@@ -475,30 +484,25 @@ class Run:
         return self.out / course.adapter.name if len(self.courses) > 1 else self.out
 
     def _finish(self, facts: Mapping[str, Any]) -> None:
-        import polytask
-
         for course in self.courses:
-            trained = sum(p.numel() for p in course.adapter.parameters() if p.requires_grad)
+            trained = course.trained
             measured = course.adapter.form.measured(self.model, course.adapter)
             course.adapter = course.adapter.form.finish(course.adapter)
             card = course.adapter.card
-            card.tasks = [{**task.summary(), "hash": task.hash} for task in course.tasks]
             card.metrics = {
                 f"dev/{k}": v
                 for s in course.scores
                 if course.best and s["step"] == course.best[1]
                 for k, v in s["dev"].items()
             }
-            card.training = {
-                **facts, "signature": self.key, "steps": course.step, "best_step": course.best[1] if course.best else course.step,
-                "trained_parameters": trained, "lr": course.lr,
-                "stage": course.stage.model_dump(mode="json"), "dev": course.scores,
-            }  # fmt: skip
+            course.describe(
+                card, trained, **facts, signature=self.key, dev=course.scores,
+                best_step=course.best[1] if course.best else course.step,
+            )  # fmt: skip
             if measured:
                 card.training["measured"] = measured
             if course.budget is not None:
                 card.training["ranks"] = ranks(course.adapter, course.budget, course.sites, course.controller)
-            card.versions = {p: version(p) for p in ("torch", "transformers")} | {"polytask": polytask.__version__}
             course.adapter.trainable(False)
             if self.out is not None and self.accelerator.is_main_process:
                 course.adapter.save(self._folder(course))

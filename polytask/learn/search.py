@@ -235,7 +235,8 @@ def search(
     for name, value in (("trials", trials), ("startup", startup)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"search: {name} must be a whole number of at least 1, got {value!r}")
-    Schedule.of(schedule, "search")
+    if Schedule.of(schedule, "search").snapshots:
+        raise ConfigError("a search keeps no snapshots; leave them out, and learn what it finds with them")
     called, model = (model, Model.load(model)) if isinstance(model, str) else (model.source, model)
     if not isinstance(task, Task):
         source, task = source or str(task), Task.read(task)
