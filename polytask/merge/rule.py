@@ -35,6 +35,7 @@ class Block:
         seed: of everything random.
         models: the models' names, which random numbers depend on.
         layer: (layer, layers) of the tensor in its stack, or None.
+        companions: what the rule reads beside each model (`Rule.companion`), None where there is nothing.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Block:
     seed: int = 0
     models: tuple[str, ...] = ()
     layer: tuple[int, int] | None = None
+    companions: tuple[Tensor | None, ...] = ()
 
     @property
     def deltas(self) -> list[Tensor]:
@@ -95,7 +97,10 @@ class Rule:
         most: how many it takes, or None.
         surveys: how many times all tensors are read before the first is merged.
         paper: the reference that cards and lists show.
+        companion: what stands beside each model: nothing, numbers of the tensor's shape (the same ``rows`` are read), or
+            something of a shape of its own (the ``whole`` is).
         ends: whether its base is a model like the others (one end of a way between models), and not an origin.
+        heads: what becomes of the heads of adapters: a task has the ``same`` in all, or they are averaged (``mean``).
         exceptions: checks of the rules' contract suite that do not hold for it, each with the reason.
     """
 
@@ -108,7 +113,9 @@ class Rule:
     most: ClassVar[int | None] = None
     surveys: ClassVar[int] = 0
     paper: ClassVar[str] = ""
+    companion: ClassVar[Literal["", "rows", "whole"]] = ""
     ends: ClassVar[bool] = False
+    heads: ClassVar[Literal["same", "mean"]] = "same"
     exceptions: ClassVar[Mapping[str, str]] = {}
 
     def merge(self, block: Block) -> Tensor:

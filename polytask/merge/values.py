@@ -51,8 +51,9 @@ def resolve(value: Any, name: str, t: float) -> Any:
 
     Args:
         value: a number, text or truth value for all tensors; a list of numbers (a gradient, linear between them over t); a list
-            of texts (one for each part of the layers); a mapping with a ``name``, whose values are settings; or a list of
-            ``{filter, value}``, of which the first counts whose filter is missing, ``*`` or a part of the name.
+            of texts (one for each part of the layers); a mapping with a ``name``, whose values are settings; a mapping
+            ``{tensors, else}`` of values by the tensors' names; or a list of ``{filter, value}``, of which the first counts
+            whose filter is missing, ``*`` or a part of the name.
         name: the tensor's name.
         t: its place among the layers, from 0 to 1.
 
@@ -63,6 +64,8 @@ def resolve(value: Any, name: str, t: float) -> Any:
         return value
     if isinstance(value, Mapping) and "name" in value:  # a method within a method, with its own settings
         return {key: resolve(own, name, t) for key, own in value.items()}
+    if isinstance(value, Mapping) and set(value) == {"tensors", "else"}:
+        return value["tensors"].get(name, value["else"])
     if isinstance(value, Mapping):
         raise ConfigError(f"{dict(value)!r} must stand in a list: [{{filter: ..., value: ...}}, ...]")
     if not isinstance(value, Sequence) or not value:

@@ -37,14 +37,23 @@ class Spanned(Rule):
     def plan(self) -> tuple[Literal["element", "row", "tensor"], int]:
         return ("row", 0) if self.along() == "last" else ("element", 1)
 
-    def survey(self, number: int, block: Block) -> Tensor:
-        return products(self.vectors(block), self.along())
+    def survey(self, number: int, block: Block) -> Tensor | list[list[float]]:
+        gram = products(self.vectors(block), self.along())
+        # small tensors that are kept between blocks that are not would leave holes, and memory grow with the tensors
+        return gram if gram.dim() > 2 else gram.tolist()
 
     def settle(self, number: int, found: Iterable[tuple[str, Any]], facts: Any) -> dict[str, Tensor]:
-        grams: dict[str, Tensor] = {}
+        grams: dict[str, Any] = {}
         for name, gram in found:
-            grams[name] = grams[name] + gram if name in grams else gram
-        return grams
+            if name not in grams:
+                grams[name] = gram
+            elif isinstance(gram, Tensor):
+                grams[name] = grams[name] + gram
+            else:
+                grams[name] = [
+                    [a + b for a, b in zip(*rows, strict=True)] for rows in zip(grams[name], gram, strict=True)
+                ]
+        return {name: torch.as_tensor(gram, dtype=torch.float64) for name, gram in grams.items()}
 
     def merge(self, block: Block) -> Tensor:
         axis = self.along()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,6 +39,35 @@ class Linear(Rule):
 
     def factors(self, block: Block) -> Sequence[float]:
         return normalized(block) if self.normalize else block.weights
+
+
+@rules.register("average")
+@dataclass(frozen=True)
+class Average(Rule):
+    """The plain mean ``sum_i x_i / N`` of snapshots of one run or of several, and for adapters the mean of their heads too. What
+    is no floating-point number is taken from the first.
+
+    Runs of equal length may be averaged in turn: the mean of their means is the mean over all snapshots.
+
+    Reference: Schmidt et al., Free lunch: robust cross-lingual transfer via model checkpoint averaging, arXiv 2305.16834. Heads
+    that started from different values are refused, as the paper's code aligns them before. The mean of adapters is that of
+    what they change, and not of their factors; sums are in fp32.
+
+    Raises:
+        MergeError: adapters have different tasks, or heads that did not start from the same values.
+    """
+
+    needs_base: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
+    heads: ClassVar[Literal["same", "mean"]] = "mean"
+    paper: ClassVar[str] = "arXiv 2305.16834"
+
+    def merge(self, block: Block) -> Tensor:
+        first = block.tensors[0]
+        return first if len(block.tensors) == 1 else total(block.tensors, self.factors(block))
+
+    def factors(self, block: Block) -> Sequence[float]:
+        return [1.0 / len(block.weights)] * len(block.weights)
 
 
 @rules.register("task_arithmetic")

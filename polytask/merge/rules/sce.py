@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,13 +35,24 @@ class Sce(Rule):
     select_topk: float = 1.0
     compat: str = ""
 
-    grain: ClassVar[Literal["element", "row", "tensor"]] = "tensor"
     weighted: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv 2408.07990"
 
     def __post_init__(self) -> None:
         within(self.name, "select_topk", self.select_topk)
         one_of(self.name, "compat", self.compat, ("", "mergekit"))
+
+    def plan(self) -> tuple[Literal["element", "row", "tensor"], int]:
+        return ("tensor", 0) if self.select_topk < 1 else ("element", 1)
+
+    def survey(self, number: int, block: Block) -> list[float]:
+        return _squares(block.deltas)
+
+    def settle(self, number: int, found: Iterable[tuple[str, Any]], facts: Any) -> dict[str, list[float]]:
+        sums: dict[str, list[float]] = {}
+        for name, squares in found:
+            sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(squares)), squares, strict=True)]
+        return sums
 
     def merge(self, block: Block) -> Tensor:
         assert block.base is not None
@@ -50,7 +62,10 @@ class Sce(Rule):
             mask = largest(spread, share(self.select_topk, int(spread.count_nonzero()), floor=floor))
             for delta in deltas:
                 delta.mul_(mask)
-        squares = [float(delta.double().square().mean()) if delta.numel() else 0.0 for delta in deltas]
+            sums = _squares(deltas)
+        else:
+            sums = block.facts[block.name]
+        squares = [square / max(1, block.count) for square in sums]
         whole = sum(squares)
         if whole < (1e-6 if floor else 1e-300):
             squares, whole = [1.0] * len(deltas), float(len(deltas))
@@ -58,6 +73,11 @@ class Sce(Rule):
         if not floor:
             return elect(deltas, weights, normalize=True).add_(block.base)
         return _floored(deltas, weights).add_(block.base)
+
+
+def _squares(deltas: list[Tensor]) -> list[float]:
+    """The sum of each model's squares, in fp64."""
+    return [float(delta.double().square().sum()) for delta in deltas]
 
 
 def _variance(deltas: list[Tensor]) -> Tensor:
