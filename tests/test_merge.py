@@ -175,6 +175,29 @@ def test_a_rule_is_described(name):
         job_of(name, models_of(name), settings={"nonsense": 1})
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_number_that_is_none_is_never_lost(name):
+    """Not by trimming, electing, clamping or a weight of nothing: in the smallest part of any model, or of the base."""
+    base = network(0)
+    models = models_of(name, base=base)
+    held = {f"m{i}": model for i, model in enumerate(models)} | ({"base": base} if rules[name].needs_base else {})
+    weights = [1e-6] + [1.0] * (len(models) - 1) if rules[name].weighted else None
+    places = [("embed.weight", (10, 0), "nan"), ("layers.1.fc.bias", (5,), "inf"), ("scale", (), "-inf")]
+    for source, model in held.items():
+        for tensor, place, value in places:
+            kept = model[tensor]
+            model[tensor] = kept.clone()
+            model[tensor][place] = float(value)
+            with pytest.raises(MergeError, match=f"{tensor} of {source} has entries that are not finite"):
+                merged(job_of(name, models, base if rules[name].needs_base else None, weights=weights))
+            model[tensor] = kept
+
+
+def test_large_numbers_that_add_up_to_infinity_are_numbers():
+    large = {"w": torch.full((4, 4), 3e38)}
+    assert torch.equal(merged(job_of("linear", [large, large], weights=[1.0, 0.0]))["w"], large["w"])
+
+
 # Random numbers
 
 

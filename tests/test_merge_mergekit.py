@@ -194,7 +194,7 @@ chat_template: auto
 """
     plan = load(text)
     (job,) = plan.jobs
-    assert plan.dtype == torch.float16 and plan.tokenizer == {"source": "union"} and plan.chat_template == "auto"
+    assert plan.dtype == torch.float16 and plan.words is None and plan.chat_template == "auto"
     assert job.weights == [2, 2] and job.settings == {"normalize": False}
     assert {dtype for *_, dtype in plan.layout} == {torch.float16}
 
@@ -306,7 +306,6 @@ WEIGHT = "parameters: {weight: 1}\n"
         ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n", "passthrough merges"),
         ("merge_method: ties\nbase_model: a\nmodels: [{model: b}]\nparameters: {rescale: true}\n", "no key 'rescale'"),
         (f"merge_method: linear\nmodels: [{{model: nowhere}}]\n{WEIGHT}", "there is no nowhere"),
-        (f"merge_method: linear\nmodels: [{{model: org/a@main}}]\n{WEIGHT}", "names a revision"),
         (f"merge_method: linear\nmodels: [{{model: 3}}]\n{WEIGHT}", "a model is a name or a folder, got 3"),
         ("tokenizer: {source: base}\ntokenizer_source: base\nmerge_method: passthrough\nmodels: [{model: a}]\n", "not both"),
         ("merge_method: [\n", "is no YAML"),
@@ -319,7 +318,7 @@ def test_what_is_not_known_is_refused_by_name(inside, text, message):
         load(text)
 
 
-def test_tokenizers_that_differ_are_not_passed_over(inside, place, tmp_path, monkeypatch):
+def test_tokenizers_and_chat_templates(inside, place, tmp_path, monkeypatch):
     import shutil
 
     text = f"merge_method: linear\nmodels: [{{model: a}}, {{model: b}}]\n{WEIGHT}"
@@ -334,13 +333,110 @@ def test_tokenizers_that_differ_are_not_passed_over(inside, place, tmp_path, mon
     assert (tmp_path / "chat" / "chat_template.jinja").read_text() == "{{ messages }}"
     (own / "b" / "tokenizer.json").write_text("[]")
     for more, message in (
-        ("tokenizer_source: base\n", "the models' tokenizers differ"),
-        ("tokenizer: {pad_to_multiple_of: 8}\n", "tokenizer says pad_to_multiple_of"),
+        ("tokenizer_source: base\n", "the tokenizer of a cannot be read"),
+        ("tokenizer: {pad_to: 8}\n", "tokenizer has no key 'pad_to' .did you mean 'pad_to_multiple_of'"),
         ("chat_template: alpaca\n", "chat_template 'alpaca' is not known"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, MergeError), match=message):
             merge_file(text + more, tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_revision_is_asked_of_the_hub(inside, place, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, revision=None, allow_patterns=()):
+        asked.append((name, revision))
+        return str(place / name.split("/")[1])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    text = """
+merge_method: linear
+models:
+  - {model: org/a@v1.0/stable, parameters: {weight: 1}}
+  - {model: {model: {path: org/b, revision: "0123abc"}}, parameters: {weight: 3}}
+  - {model: org/c, parameters: {weight: 0}}
+"""
+    found = merged(text, tmp_path)
+    assert asked == [("org/a", "v1.0/stable"), ("org/b", "0123abc"), ("org/c", None)]
+    same(found, {name: (value + 3 * inside["b"][name]) / 4 for name, value in inside["a"].items()})
+
+
+# Modules
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Two T5s."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for seed, name in enumerate("de"):
+        tiny("t5", seed=seed)[0].save_pretrained(folder / name)
+    return folder
+
+
+def test_modules_have_methods_settings_of_their_own(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(pairs)
+    text = """
+merge_method: linear
+modules:
+  encoder:
+    models: [{model: d, parameters: {weight: 1}}, {model: e, parameters: {weight: [0, 1]}}]
+  decoder:
+    models: [{model: d, parameters: {weight: 0}}, {model: e, parameters: {weight: 1}}]
+  shared:
+    models: [{model: d}, {model: e}]
+    parameters: {weight: 0.5}
+dtype: float32
+"""
+    found, d, e = merged(text, tmp_path), tensors("d"), tensors("e")
+    wanted = {}
+    for name, value in d.items():
+        part = name.split(".")[0]
+        t = float(name.split(".")[2]) if ".block." in name else 0.0
+        share = {"encoder": t / (1 + t), "shared": 0.5}.get(part, 1.0)
+        wanted[name] = (1 - share) * value + share * e[name]
+    same(found, wanted)
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+def test_modules_have_slices_of_their_own(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(pairs)
+    text = """
+merge_method: passthrough
+modules:
+  encoder:
+    slices:
+      - sources: [{model: d, layer_range: [0, 2]}]
+      - sources: [{model: e, layer_range: [1, 2]}]
+  decoder: {slices: [{sources: [{model: e, layer_range: [0, 1]}]}]}
+  shared: {models: [{model: d}]}
+"""
+    out = merge_file(text, tmp_path / "out")
+    found, model = tensors(out), transformers.AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (3, 1)
+    name = "encoder.block.{}.layer.0.SelfAttention.q.weight"
+    assert torch.equal(found[name.format(2)], tensors("e")[name.format(1)])
+    assert torch.equal(found[name.format(1)], tensors("d")[name.format(1)])
+    assert not any(".block.1." in key for key in found if key.startswith("decoder"))
+    assert torch.equal(found["shared.weight"], tensors("d")["shared.weight"])
+    assert model.encoder.block[2].layer[0].SelfAttention.q.weight.shape == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ("{encoder: {models: [{model: d}]}, shared: {models: [{model: d}]}}", "no module says what becomes of decoder.block"),
+        ("{encoder: {models: [{model: d}]}, vision: {models: [{model: d}]}, decoder: {models: [{model: d}]}}",
+         "d has no tensors of a module 'vision'; its names begin with"),
+        ("{encoder: {models: [{model: d}], slices: [1]}}", "the module encoder must say either models or slices"),
+        ("{encoder: {layers: [{model: d}]}}", "the module encoder has no key 'layers'"),
+        ("[encoder]", "modules must be a mapping"),
+    ],
+)  # fmt: skip
+def test_modules_that_do_not_fit_are_refused(pairs, modules, message, monkeypatch):
+    monkeypatch.chdir(pairs)
+    with pytest.raises(ConfigError, match=message):
+        load(f"merge_method: passthrough\nmodules: {modules}\n")
 
 
 def test_slices_need_one_stack(inside, tmp_path):

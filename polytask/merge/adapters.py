@@ -22,8 +22,11 @@ from polytask.forms.full import DensePatch, Full
 from polytask.forms.lora import LoRA, LoRAPatch
 from polytask.forms.sparse import LTSFT, SparsePatch
 
+from .card import adapter_notes, versions
 from .engine import Job, surveyed
 from .factors import difference, ranks_of, reduced, split
+from .heads import mean_heads, starts_of
+from .names import Named, renamed
 from .rule import rules
 from .source import Adapted, Source
 
@@ -106,6 +109,8 @@ def merge_adapters(
     seed: int = 0,
     each: Mapping[str, Sequence[Any]] | None = None,
     name: str = "",
+    companions: Sequence[Source] | None = None,
+    about: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Adapter:
     """One adapter from several. The rule works on the changes of the weights, never on factors.
@@ -126,6 +131,8 @@ def merge_adapters(
         seed: of everything random.
         each: settings of each adapter, by name.
         name: of the result.
+        companions: what the rule reads beside each adapter, by the base's names where one is given.
+        about: what is known of how the weights were found; the card keeps it.
         settings: of the rule.
 
     Raises:
@@ -149,7 +156,11 @@ def merge_adapters(
     origin: Source | None = Stand(union.shapes) if kind.needs_base else None
     if isinstance(base, Adapter):
         origin = Changes(base, stand, union.shapes)
-    job = Job(sources, method, settings, origin, weights, each or {}, seed)
+    place = {ours: own for source in sources for ours, own in source.place.items()}
+    settings = {key: renamed(value, place) for key, value in settings.items()}
+    weights = None if weights is None else [renamed(weight, place) for weight in weights]
+    beside = None if companions is None else [Named(companion, place) for companion in companions]
+    job = Job(sources, method, settings, origin, weights, each or {}, seed, companions=beside)
     form = as_ or _form_of(adapters, rank)
     if rank is not None and form != "lora":
         raise ConfigError(f"rank= is of a LoRA, and the result has the form {form}; say as_='lora'")
@@ -159,8 +170,11 @@ def merge_adapters(
         raise MergeError(
             f"merging {listing(a.name or 'an adapter' for a in adapters)} by {method} leaves no change at any site"
         )
-    heads = _heads(everything)
+    heads = mean_heads(adapters) if kind.heads == "mean" else heads_of(everything)
     card = _card(job, everything, form, rank, errors)
+    card.training["merge"] |= {"fit": dict(about)} if about else {}
+    if starts := starts_of(everything):
+        card.training["head_starts"] = starts
     general = _general(list(made.values()))
     same = {a.short_targets for a in everything}
     targets = next(iter(same)) if len(same) == 1 and len(made) == len(adapters[0].patches) else ()
@@ -377,7 +391,8 @@ def _independent(adapter: Adapter, union: _Union) -> None:
             )
 
 
-def _heads(adapters: Sequence[Adapter]) -> dict[str, Head]:
+def heads_of(adapters: Sequence[Adapter]) -> dict[str, Head]:
+    """All heads by task. Raises `MergeError` for two different ones of a task."""
     heads: dict[str, Head] = {}
     for adapter in adapters:
         for task, head in adapter.heads.items():
@@ -394,8 +409,6 @@ def _heads(adapters: Sequence[Adapter]) -> dict[str, Head]:
 def _card(
     job: Job, adapters: Sequence[Adapter], form: As, rank: int | None, errors: Mapping[str, tuple[float, float]]
 ) -> Card:
-    import polytask
-
     base: dict[str, Any] = {}
     for adapter in reversed(adapters):
         unlike = {**base.get("unlike_peft", {}), **adapter.card.base.get("unlike_peft", {})}
@@ -412,11 +425,13 @@ def _card(
     }  # fmt: skip
     if errors:
         said["relative_error_by_site"] = {site: difference([e]) for site, e in errors.items()}
+    parents = [adapter.hash for adapter in adapters]
     return Card(
         base=base,
         tasks=tasks,
         training={"merge": said},
-        parents=[adapter.hash for adapter in adapters],
+        parents=parents,
         licence=licences.pop() if len(licences) == 1 else "",
-        versions={"polytask": polytask.__version__},
+        versions=versions(),
+        notes=adapter_notes(said, parents),
     )

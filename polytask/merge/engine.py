@@ -5,6 +5,7 @@ Reading runs ahead and writing behind in threads; what is in memory at once is a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,7 @@ class Job:
         seed: of everything random.
         elements: numbers of one model in a block.
         stack: where each tensor stands among the layers; found from the names when None.
+        companions: what the rule reads beside each model; tensors may lack.
     """
 
     models: Sequence[Source]
@@ -49,6 +51,7 @@ class Job:
     seed: int = 0
     elements: int = ELEMENTS
     stack: Layers | None = None
+    companions: Sequence[Source] | None = None
 
     def __post_init__(self) -> None:
         knobs = rules[self.rule].knobs()
@@ -77,7 +80,9 @@ class Job:
             raise MergeError(f"{self.rule} merges {many} models beside the base, and got {len(self.models)}")
         if self.weights is not None and not kind.weighted:
             raise ConfigError(f"the merge method {self.rule!r} knows no weights; leave them out")
-        for name, values in {"weights": self.weights, **self.each}.items():
+        if self.companions is not None and not kind.companion:
+            raise ConfigError(f"the merge method {self.rule!r} reads nothing beside the models; leave companions out")
+        for name, values in {"weights": self.weights, "companions": self.companions, **self.each}.items():
             if values is not None and len(values) != len(self.models):
                 raise ConfigError(f"there are {len(values)} {name} for {len(self.models)} models; give one for each")
         compare_sources(first, self.models if self.base is not None else self.models[1:])
@@ -127,13 +132,19 @@ class Job:
         )  # fmt: skip
 
     def block(self, name: str, start: int, stop: int | None, facts: Any) -> Block:
-        """A block's tensors, read and in fp32."""
+        """A block's tensors, read and in fp32. Raises `MergeError` for entries that are no numbers: a rule may trim them away."""
         return replace(
             self.frame(name, facts),
-            base=None if self.base is None else self.base.read(name, start, stop).float(),
-            tensors=tuple(model.read(name, start, stop).float() for model in self.models),
+            base=None if self.base is None else _numbers(self.base, name, start, stop),
+            tensors=tuple(_numbers(model, name, start, stop) for model in self.models),
             start=start,
+            companions=tuple(self._beside(source, name, start, stop) for source in self.companions or ()),
         )
+
+    def _beside(self, source: Source, name: str, start: int, stop: int | None) -> Tensor | None:
+        if name not in source.shapes:
+            return None
+        return (source.read(name, start, stop) if self.kind.companion == "rows" else source.read(name)).float()
 
 
 def run(
@@ -170,12 +181,16 @@ def run(
             _check(merged, block, job)
             last = not block.shape or block.start + (len(merged) if merged.dim() else 1) >= block.shape[0]
 
-            def write(block: Block = block, merged: Tensor = merged, last: bool = last) -> None:
-                put(block.name, merged, block.start)
+            def write(
+                name: str = block.name, start: int = block.start, rows: Tensor = merged, last: bool = last
+            ) -> None:
+                put(name, rows, start)
                 if last:
-                    finished(block.name)
+                    finished(name)
 
+            del block, merged  # the models' rows need not wait for the writer
             later(write)
+            del write
         while writing:
             writing.popleft().result()
 
@@ -198,25 +213,37 @@ def _surveyed(job: Job, reader: ThreadPoolExecutor) -> Any:
 
 
 def _read(job: Job, reader: ThreadPoolExecutor, names: Sequence[str], facts: Any) -> Iterator[Block]:
-    """The blocks in their order, read ahead."""
-    ahead: deque[Future[Block]] = deque()
+    """The blocks in their order, read ahead as long as they are small: of large ones, one is in memory at a time."""
+    ahead: deque[tuple[Future[Block], int]] = deque()
     for name in names:
         for start, stop in job.blocks(name):
-            ahead.append(reader.submit(job.block, name, start, stop, facts))
-            if len(ahead) > AHEAD:
-                yield ahead.popleft().result()
+            rows = 1 if stop is None else stop - start
+            size = math.prod(job.shapes[name] if stop is None else (rows, *job.shapes[name][1:]))
+            while ahead and (len(ahead) > AHEAD or sum(n for _, n in ahead) + size > (AHEAD + 1) * job.elements):
+                yield ahead.popleft()[0].result()
+            ahead.append((reader.submit(job.block, name, start, stop, facts), size))
     while ahead:
-        yield ahead.popleft().result()
+        yield ahead.popleft()[0].result()
+
+
+def _numbers(source: Source, name: str, start: int, stop: int | None) -> Tensor:
+    """Rows in fp32. Raises `MergeError` where there are entries that are no numbers."""
+    tensor = source.read(name, start, stop).float()
+    if not _finite(tensor):
+        raise MergeError(
+            f"{name} of {source.name} has entries that are not finite numbers; a merge with it would have them too"
+        )
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """One sum says it; only where large numbers add up to infinity is each entry looked at, which takes eight times as long."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _check(merged: Tensor, block: Block, job: Job) -> None:
-    if bool(torch.isfinite(merged).all()):
+    if _finite(merged):
         return
-    for source, tensor in zip((job.base, *job.models), (block.base, *block.tensors), strict=True):
-        if source is not None and tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise MergeError(
-                f"{block.name} of {source.name} has entries that are not finite numbers; a merge with it would have them too"
-            )
     raise MergeError(
         f"merging {block.name} by {job.rule} gave entries that are not finite numbers, from models that have none; its "
         "settings may be too large"

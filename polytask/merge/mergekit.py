@@ -12,21 +12,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
 
-from polytask.core.errors import ConfigError, MergeError, listing, nearest
+from polytask.core.errors import ConfigError, listing, nearest
 from polytask.core.measure import peak_memory
 
+from .card import parents_of, record, written
+from .embeddings import original
 from .engine import Job, run
+from .methods import METHODS
+from .reading import chain, entries_of, keys_of, mapping_of, model_of, template_of, tokenizer_of
 from .rule import rules
-from .run import DTYPES, card, key_of, layout, size_of, source_of
+from .run import DTYPES, key_of, layout, size_of, source_of
 from .run import _copy_small as copy_small
-from .source import Source
+from .slices import Part, View, layers_of, modules_of, names_of, stack_of
+from .source import Checkpoint, Source, config_of
 from .values import Layers, resolve
+from .vocabulary import REPLACED, Vocabulary, align
 from .write import Writer
 
 TOP = (
@@ -34,104 +38,7 @@ TOP = (
     "tokenizer", "chat_template", "compat",
 )  # fmt: skip
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configurations call the number of layers
-WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
-FIRST = ("embed", "wte", "wpe", "tok_")  # parts of names of what lies before the layers; the rest lies behind them
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method of mergekit's in our terms.
-
-    Attributes:
-        rule: our rule.
-        base: what a base is: what ``differences`` are taken to (or optionally: ``maybe``), one more ``member``, or nothing but a
-            model that is listed (``listed``).
-        shared: settings of all models: mergekit's name and ours.
-        own: settings of each model.
-        weight: whether each model needs a weight.
-        ignored: what changes nothing here.
-        defaults: mergekit's, where ours are others.
-    """
-
-    rule: str
-    base: Literal["differences", "maybe", "member", "listed"] = "differences"
-    shared: Mapping[str, str] = field(default_factory=dict)
-    own: Mapping[str, str] = field(default_factory=dict)
-    weight: bool = False
-    ignored: tuple[str, ...] = ("int8_mask",)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-_SUM = {"normalize": "normalize", "lambda": "scale"}
-_CHANCE = {**_SUM, "rescale": "rescale"}
-_SIZE = {"density": "density"}
-METHODS = {
-    "linear": Method("linear", "listed", {"normalize": "normalize"}, weight=True),
-    "task_arithmetic": Method("task_arithmetic", shared=_SUM, weight=True, ignored=("int8_mask", "rescale", "density")),
-    "ties": Method("ties", shared=_SUM, own=_SIZE, weight=True, defaults={"density": 1.0}),
-    "dare_linear": Method("dare_linear", shared=_CHANCE, own=_SIZE, weight=True, defaults={"density": 1.0}),
-    "dare_ties": Method("dare_ties", shared=_CHANCE, own=_SIZE, weight=True, defaults={"density": 1.0}),
-    "della": Method(
-        "della", shared=_CHANCE, own={**_SIZE, "epsilon": "epsilon"}, weight=True, defaults={"density": 1.0, "epsilon": 0.15}
-    ),
-    "della_linear": Method(
-        "della_linear", shared=_CHANCE, own={**_SIZE, "epsilon": "epsilon"}, weight=True,
-        defaults={"density": 1.0, "epsilon": 0.15},
-    ),
-    "breadcrumbs": Method(
-        "breadcrumbs", shared=_SUM, own={**_SIZE, "gamma": "gamma"}, weight=True, defaults={"density": 1.0, "gamma": 0.01}
-    ),
-    "breadcrumbs_ties": Method(
-        "breadcrumbs_ties", shared=_SUM, own={**_SIZE, "gamma": "gamma"}, weight=True,
-        defaults={"density": 1.0, "gamma": 0.01},
-    ),
-    "sce": Method("sce", shared={"select_topk": "select_topk"}),
-    "model_stock": Method("model_stock", shared={"filter_wise": "filter_wise"}),
-    "slerp": Method("slerp", shared={"t": "t"}, ignored=()),
-    "nearswap": Method("nearswap", shared={"t": "t"}, ignored=()),
-    "nuslerp": Method("nuslerp", "maybe", {"nuslerp_flatten": "", "nuslerp_row_wise": ""}, weight=True, ignored=()),
-    "multislerp": Method(
-        "multislerp", "maybe", {"normalize_weights": "normalize_weights", "eps": "eps"}, weight=True, ignored=()
-    ),
-    "karcher": Method("karcher", "member", {"max_iter": "max_iter", "tol": "tol"}, ignored=()),
-    "arcee_fusion": Method("arcee_fusion", ignored=()),
-    "passthrough": Method("passthrough", "listed", own={"scale": "scale"}, ignored=()),
-}  # fmt: skip
-
-
-class Part(Layers):
-    """Some layers of the output, as a stack of their own: t from 0 to 1 in them, and 1 in a single one."""
-
-    def __init__(self, stack: str, first: int, count: int) -> None:
-        self.stack, self.first, self.count = stack, first, count
-
-    def place(self, name: str) -> tuple[int, int] | None:
-        if not name.startswith(f"{self.stack}."):
-            return None
-        return int(name[len(self.stack) + 1 :].split(".")[0]) - self.first, self.count
-
-
-class View(Source):
-    """A source under other names.
-
-    Args:
-        source: what is read.
-        names: the name there of each name here.
-    """
-
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
-        self.source, self.names = source, names
-        self.name, self.folder = source.name, source.folder
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {new: self.source.shapes[old] for new, old in self.names.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.source.dtype(self.names[name])
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.source.read(self.names[name], start, stop)
+SECTIONS = {"text_decoder": "text_config", "vision_tower": "vision_config", "vision_model": "vision_config"}
 
 
 @dataclass
@@ -141,18 +48,22 @@ class Plan:
     Attributes:
         jobs: one for each slice of the output.
         dtype: of the result.
-        tokenizer: what is said about it: ``source``, ``tokens``, ``pad_to_multiple_of``; empty where nothing is.
+        words: the vocabulary, where the models' are brought into one.
         chat_template: what is said about it.
         config: what changes in the model's ``config.json``.
         folder: where configuration and tokenizer are copied from.
+        opened: the models and adapters that it names, the base (or None) first, each as it is written and as it is read.
+        said: what the file holds.
     """
 
     jobs: list[Job]
     dtype: torch.dtype | None = None
-    tokenizer: dict[str, Any] = field(default_factory=dict)
+    words: Vocabulary | None = None
     chat_template: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    opened: Sequence[tuple[str | None, Source | None]] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -168,6 +79,7 @@ def merge_file(
     seed: int = 0,
     resume: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    hashes: bool = True,
 ) -> Path:
     """Merges as a mergekit file says.
 
@@ -178,6 +90,7 @@ def merge_file(
         seed: of everything random.
         resume: go on with an interrupted merge.
         say: is told what goes on.
+        hashes: whether the card has the sha256 of the models' files.
 
     Returns:
         The folder.
@@ -188,28 +101,33 @@ def merge_file(
         StorageError: there is not enough space.
     """
     plan = load(config, seed)
-    extras = _words(plan)
+    extras = template_of(plan.chat_template)
     folder = Path(out).expanduser()
     views = [list(view.names.items()) for job in plan.jobs for view in job.models if isinstance(view, View)]
-    said = [json.dumps(views), *(key_of(job, plan.dtype) for job in plan.jobs)]
+    said = [json.dumps(views), *(key_of(job, plan.dtype) for job in plan.jobs), plan.words.key if plan.words else ""]
     key = hashlib.sha256("".join(said).encode()).hexdigest()
     began = time.perf_counter()
     writer = Writer(folder, plan.layout, shard=size_of(shard), key=key, resume=resume)
     say(f"merging {len(plan.layout)} tensors, {writer.bytes / 1e9:.2f} GB")
     try:
-        with peak_memory(torch.device("cpu")) as peak:
+        given, sources = zip(*plan.opened, strict=True)
+        with parents_of(given, sources, hashes) as parents, peak_memory(torch.device("cpu")) as peak:
             for job in plan.jobs:
                 run(job, writer.put, writer.finished, writer.done.__contains__)
+            cited = parents()
     except BaseException:
         writer.close()
         raise
-    records = [card(job, plan.dtype, time.perf_counter() - began, peak.mb) for job in plan.jobs]
-    record = records[0] if len(records) == 1 else {"slices": records}
-    extras["polytask_merge.json"] = (json.dumps(record, indent=2) + "\n").encode()
-    if plan.config:
+    records: list[dict[str, Any]] = [record(job, plan.dtype, time.perf_counter() - began, peak.mb) for job in plan.jobs]
+    about: dict[str, Any] = records[0] if len(records) == 1 else {"slices": records}
+    about |= {"parents": cited, "hashes": hashes, "shard": size_of(shard), "seed": seed, "mergekit": dict(plan.said)}
+    if plan.words is not None:
+        about["tokenizer"] = plan.words.card
+        extras = plan.words.files(plan.folder, plan.config) | extras
+    elif plan.config:
         extras["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
-    writer.finish(extras)
-    copy_small(plan.folder, folder)
+    writer.finish(extras | written(about))
+    copy_small(plan.folder, folder, REPLACED if plan.words is not None else ())
     return folder
 
 
@@ -221,43 +139,94 @@ def load(config: str | Path | Mapping[str, Any], seed: int = 0) -> Plan:
         ConfigError: a key, method or value that is not known.
         MergeError: models that cannot be read or do not fit each other.
     """
-    said = _mapping(config)
-    _keys(said, TOP, "the merge configuration")
+    said = mapping_of(config)
+    keys_of(said, TOP, "the merge configuration")
     name = str(said.get("merge_method") or "")
     if name not in METHODS:
         raise ConfigError(f"merge_method {name!r} is not known{nearest(name, METHODS)}; known are: {listing(METHODS)}")
     given = [key for key in ("models", "slices", "modules") if said.get(key)]
     if len(given) != 1:
         raise ConfigError(f"say exactly one of models, slices and modules; this says {listing(given) or 'none'}")
-    module: Mapping[str, Any] = said
-    if given == ["modules"]:
-        if not isinstance(said["modules"], Mapping) or len(said["modules"]) != 1:
-            raise ConfigError("modules must name one module; for models of several parts, say models instead")
-        ((where, module),) = said["modules"].items()
-        _keys(module, ("slices", "models", "parameters"), f"the module {where}")
-        given = [key for key in ("models", "slices") if module.get(key)]
-        if len(given) != 1:
-            raise ConfigError(f"the module {where} must say either models or slices")
-    reader = _Reader(name, said, module, seed)
-    jobs = [reader.models(module["models"])] if given == ["models"] else reader.slices(module["slices"])
+    parts = _modules(said) if given == ["modules"] else {"": said}
+    opened: dict[str, Source] = {}
+    words = _vocabulary(said, parts, opened)
+    readers: list[_Reader] = []
+    jobs: list[Job] = []
+    for part, module in parts.items():
+        reader = _Reader(name, said, module, seed, opened, part if len(parts) > 1 else "", list(parts))
+        reader.config = readers[-1].config if readers else {}
+        jobs += [reader.models(module["models"])] if module.get("models") else reader.slices(module["slices"])
+        readers.append(reader)
     dtype = said.get("out_dtype") or said.get("dtype")
     if dtype not in (None, "auto", *DTYPES):
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return Plan(
-        jobs, DTYPES.get(str(dtype)), _tokenizer(said), said.get("chat_template"), reader.config, reader.home.folder
-    )
+        jobs, DTYPES.get(str(dtype)), words, said.get("chat_template"), reader.config, reader.home.folder, reader.named(),
+        said,
+    )  # fmt: skip
+
+
+def _modules(said: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The modules by name. Raises `ConfigError`."""
+    parts = said["modules"]
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"modules must be a mapping of names, got {parts!r}")
+    for where, module in parts.items():
+        keys_of(module, ("slices", "models", "parameters"), f"the module {where}")
+        if bool(module.get("models")) == bool(module.get("slices")):
+            raise ConfigError(f"the module {where} must say either models or slices")
+    return {str(where): module for where, module in parts.items()}
+
+
+def _vocabulary(
+    said: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], opened: dict[str, Source]
+) -> Vocabulary | None:
+    """The vocabulary that is asked for. Every model that the file names is opened, and read in it from then on."""
+    wanted = tokenizer_of(said)
+    if not wanted:
+        return None
+    base = model_of(said["base_model"]) if said.get("base_model") else None
+    names = [base] if base else []
+    for module in parts.values():
+        entries = [*(module.get("models") or []), *(module.get("slices") or [])]
+        for entry in entries:
+            for source in [entry, *(entry.get("sources") or [])] if isinstance(entry, Mapping) else []:
+                given = [source.get(key) for key in ("model", "base_model") if source.get(key)]
+                names += [model_of(model) for model in given]
+    sources = {name: _opened(name, opened) for name in dict.fromkeys(names)}
+    if not sources:
+        return None
+    made, words = align(sources, base, wanted, model_of)
+    opened.update(made)
+    return words
+
+
+def _opened(model: str, opened: dict[str, Source]) -> Source:
+    """A model; ``model+adapter`` is one with an adapter on it, where nothing has that name."""
+    if model not in opened:
+        name, plus, adapter = model.rpartition("+")
+        if plus and not Path(model).expanduser().exists():
+            opened[model] = source_of(adapter, _opened(name, opened))
+        else:
+            opened[model] = source_of(model, None)
+    return opened[model]
 
 
 class _Reader:
-    """Opens the models of a file, each once, and makes jobs."""
+    """Makes jobs of what a file says of a module: the one that ``part`` names among ``parts``, or all there is where it is empty.
+    The models are opened once."""
 
-    def __init__(self, name: str, said: Mapping[str, Any], module: Mapping[str, Any], seed: int) -> None:
-        self.method, self.name, self.seed = METHODS[name], name, seed
+    def __init__(
+        self, name: str, said: Mapping[str, Any], module: Mapping[str, Any], seed: int, opened: dict[str, Source],
+        part: str = "", parts: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.method, self.name, self.seed, self.part, self.parts = METHODS[name], name, seed, part, parts
         self.levels = (
             [module.get("parameters"), said.get("parameters")] if module is not said else [said.get("parameters")]
         )
-        self.base = _model(said["base_model"]) if said.get("base_model") else None
-        self.opened: dict[str, Source] = {}
+        self.base = model_of(said["base_model"]) if said.get("base_model") else None
+        self.opened = opened
+        self.viewed: dict[str, Source] = {}
         self.config: dict[str, Any] = {}
         self.fixed: dict[str, Any] = {}
         compat = said.get("compat", "mergekit") or ""
@@ -271,9 +240,9 @@ class _Reader:
     def models(self, entries: Sequence[Mapping[str, Any]]) -> Job:
         """Whole models."""
         sources = []
-        for entry in _entries(entries, "models"):
-            _keys(entry, ("model", "parameters"), "an entry of models")
-            sources.append((_model(entry.get("model")), entry.get("parameters")))
+        for entry in entries_of(entries, "models"):
+            keys_of(entry, ("model", "parameters"), "an entry of models")
+            sources.append((model_of(entry.get("model")), entry.get("parameters")))
         alone = self.method.base == "listed"  # a base that is not listed has no part in it
         if self.base and not alone and self.base not in (model for model, _ in sources):
             sources.append((self.base, None))
@@ -283,16 +252,16 @@ class _Reader:
     def slices(self, entries: Sequence[Mapping[str, Any]]) -> list[Job]:
         """Layers of models, one slice on the other."""
         made, at = [], 0
-        found = [self.slice(entry, i) for i, entry in enumerate(_entries(entries, "slices"))]
+        found = [self.slice(entry, i) for i, entry in enumerate(entries_of(entries, "slices"))]
         first = self.base or found[0][0][0][0]
         self.home = self.open(first)
-        stack = _stack(self.home)
+        stack = stack_of(self.home)
         for number, (sources, base, own, where) in enumerate(found):
             count = sources[0][3]
             views = []
             for model, settings, start, _ in sources:
                 source = self.open(model)
-                names = _names(source, start, count, at, stack, number == 0, number == len(found) - 1, where)
+                names = names_of(source, start, count, at, stack, number == 0, number == len(found) - 1, where)
                 views.append((model, View(source, names), settings))
             made.append(self.job(views, base or self.base, [own], where, Part(stack, at, count)))
             at += count
@@ -304,15 +273,15 @@ class _Reader:
     ) -> tuple[list[tuple[str, Any, int, int]], str | None, Any, str]:
         """Sources (model, parameters, first layer, layers), base, parameters and name of one slice."""
         where = f"slices[{number}]"
-        _keys(entry, ("sources", "base_model", "parameters"), where)
+        keys_of(entry, ("sources", "base_model", "parameters"), where)
         self.check(entry.get("parameters"), where)
         sources = []
-        for source in _entries(entry.get("sources"), f"sources of {where}"):
-            _keys(source, ("model", "layer_range", "parameters"), f"a source of {where}")
-            model, span = _model(source.get("model")), source.get("layer_range")
+        for source in entries_of(entry.get("sources"), f"sources of {where}"):
+            keys_of(source, ("model", "layer_range", "parameters"), f"a source of {where}")
+            model, span = model_of(source.get("model")), source.get("layer_range")
             if not isinstance(span, Sequence) or len(span) != 2 or not all(isinstance(n, int) for n in span):
                 raise ConfigError(f"layer_range of {model} in {where} must be [first, last + 1], got {span!r}")
-            layers = _layers(self.open(model))
+            layers = layers_of(self.open(model))
             if not 0 <= span[0] < span[1] <= layers:
                 raise ConfigError(
                     f"layer_range {list(span)} of {model} in {where} is not within its {layers} layers, from 0"
@@ -322,7 +291,7 @@ class _Reader:
             lengths = listing(str(count) for *_, count in sources)
             raise ConfigError(f"the sources of {where} must have the same number of layers, got {lengths}")
         base = entry.get("base_model")
-        return sources, _model(base) if base else None, entry.get("parameters"), where
+        return sources, model_of(base) if base else None, entry.get("parameters"), where
 
     def job(
         self,
@@ -392,184 +361,40 @@ class _Reader:
         if "rescale" not in method.shared and isinstance(parameters, Mapping) and parameters.get("rescale") is False:
             parameters = {key: value for key, value in parameters.items() if key != "rescale"}  # what it is anyway
         known = [*method.shared, *method.own, *(["weight"] if method.weight else []), *method.ignored]
-        _keys(parameters, known, f"{where} of {self.name}")
+        keys_of(parameters, known, f"{where} of {self.name}")
+
+    def named(self) -> list[tuple[str | None, Source | None]]:
+        """What was opened, the base first; of a model with an adapter the adapter, whose model is there too."""
+        others = {name: original(source) for name, source in self.opened.items() if name != self.base}
+        return [(self.base, original(self.opened.get(self.base or "")))] + [
+            (name if isinstance(source, Checkpoint) else name.rpartition("+")[2], source)
+            for name, source in others.items()
+        ]
 
     def open(self, model: str) -> Source:
-        """A model; ``model+adapter`` is one with an adapter on it, where nothing has that name."""
-        if model not in self.opened:
-            name, plus, adapter = model.rpartition("+")
-            if plus and not Path(model).expanduser().exists():
-                root = self.open(name)
-                self.opened[model] = source_of(adapter, root)
-            elif "@" in model and not Path(model).expanduser().exists():
-                raise ConfigError(f"{model} names a revision; download it and give its folder")
-            else:
-                self.opened[model] = source_of(model, None)
-        return self.opened[model]
+        """A model, or what the part has of it."""
+        source = _opened(model, self.opened)
+        if not self.part:
+            return source
+        if model not in self.viewed:
+            names = modules_of(source, self.parts)[self.part]
+            self.viewed[model] = View(source, dict(zip(names, names, strict=True)))
+        return self.viewed[model]
 
     def reconfigure(self, parts: list[tuple[str, int, int]], layers: int) -> None:
         """The configuration of the new stack: its number of layers, and what is said about each."""
-        config = _config(self.home)
-        key = next((key for key in COUNTS if key in config), None)
+        whole = self.config or config_of(self.home.folder)
+        section = SECTIONS.get(self.part, "")
+        config = whole[section] if isinstance(whole.get(section), dict) else whole
+        inner = COUNTS if not self.part or config is not whole or self.part == "encoder" else ()
+        counts = [*([f"{self.part}_layers", f"num_{self.part}_layers"] if self.part else []), *inner, "depth"]
+        key = next((key for key in counts if key in config), None)
         if key is None:
             return
         for name, value in config.items():
             if isinstance(value, list) and len(value) == config[key] and name.startswith("layer"):
-                lists = [(_config(self.open(model)).get(name, value), start, count) for model, start, count in parts]
-                config[name] = [entry for own, start, count in lists for entry in own[start : start + count]]
+                own = [config_of(self.open(model).folder) for model, *_ in parts]
+                lists = [(said.get(section) or said).get(name, value) for said in own]
+                config[name] = [v for own, (_, at, n) in zip(lists, parts, strict=True) for v in own[at : at + n]]
         config[key] = layers
-        self.config = config
-
-
-def chain(key: str, levels: Sequence[Any], default: Any = None) -> Any:
-    """What the levels say about a parameter, as one value: where a list of filters has none that fits, the next level counts."""
-    entries: list[dict[str, Any]] = []
-    for level in [*levels, {key: default}]:
-        value = _numbers((level or {}).get(key))
-        if isinstance(value, Mapping):
-            value = [value]
-        if value is None or value == []:
-            continue
-        if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
-            entries += value
-            continue
-        return [*entries, {"value": value}] if entries else value
-    return entries or None
-
-
-def _numbers(value: Any) -> Any:
-    """With numbers such as ``1e-5``, which YAML takes for text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {k: _numbers(v) if k == "value" else v for k, v in value.items()}
-    return value
-
-
-def _mapping(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    text = config
-    if isinstance(config, Path) or "\n" not in config:
-        try:
-            text = Path(config).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{config} cannot be read: {error}") from error
-    try:
-        said = yaml.safe_load(str(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the merge configuration is no YAML: {error}") from error
-    if not isinstance(said, Mapping):
-        raise ConfigError(f"the merge configuration must be a mapping with merge_method and models, got {said!r}")
-    return said
-
-
-def _keys(given: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must be a mapping, got {given!r}")
-    for key in given:
-        if key not in known:
-            raise ConfigError(
-                f"{where} has no key {key!r}{nearest(str(key), known)}; it has: {listing(known) or 'none'}"
-            )
-
-
-def _entries(given: Any, where: str) -> list[Mapping[str, Any]]:
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where} must be a list with at least one entry, got {given!r}")
-    return given
-
-
-def _model(given: Any) -> str:
-    """A model's name or folder. mergekit also writes it as a mapping."""
-    if isinstance(given, Mapping) and set(given) <= {"model", "lora"} and "model" in given:
-        lora = given.get("lora")
-        return _model(given["model"]) + (f"+{_model(lora)}" if lora else "")
-    if isinstance(given, Mapping) and set(given) <= {"path", "revision"} and given.get("path"):
-        return str(given["path"]) + (f"@{given['revision']}" if given.get("revision") else "")
-    if not isinstance(given, str) or not given:
-        raise ConfigError(f"a model is a name or a folder, got {given!r}")
-    return given
-
-
-def _words(plan: Plan) -> dict[str, bytes]:
-    """The file of a chat template. Raises `ConfigError` for what is said about tokenizers and would change embeddings."""
-    sources = [source for job in plan.jobs for source in ([job.base] if job.base else []) + list(job.models)]
-    folders = {source.folder for source in sources if source.folder}
-    held = {tuple((f / name).read_bytes() if (f / name).is_file() else b"" for name in WORDS) for f in folders}
-    more = sorted(set(plan.tokenizer) - {"source"})
-    if more or plan.tokenizer and len(held) > 1:
-        why = f"tokenizer says {listing(more)}" if more else "the models' tokenizers differ"
-        raise ConfigError(
-            f"{why}, so embeddings must be moved to one vocabulary first; write such models, then merge those"
-        )
-    template = plan.chat_template
-    if template in (None, "", "auto"):
-        return {}
-    if "{{" not in str(template) and "{%" not in str(template):
-        raise ConfigError(f"chat_template {template!r} is not known; give 'auto' or the template's own text")
-    return {"chat_template.jinja": str(template).encode()}
-
-
-def _tokenizer(said: Mapping[str, Any]) -> dict[str, Any]:
-    source, more = said.get("tokenizer_source"), said.get("tokenizer")
-    if source and more:
-        raise ConfigError("say either tokenizer_source or tokenizer, not both")
-    if source:
-        return {"source": source}
-    if more:
-        _keys(more, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
-        return {"source": "union", **more}
-    return {}
-
-
-def _config(source: Source) -> dict[str, Any]:
-    try:
-        found = json.loads((source.folder / "config.json").read_text(encoding="utf-8")) if source.folder else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _stack(source: Source) -> str:
-    """The numbered list that holds a model's layers. Raises `MergeError` where there are none or several."""
-    counts = Layers(source.shapes).counts
-    prefixes = {name.split(".0.")[0].lstrip(".") for name in counts} if counts else _single(source)
-    outer = [p for p in prefixes if not any(p != q and p.startswith(f"{q}.") for q in prefixes)]
-    if len(outer) != 1:
-        raise MergeError(
-            f"slices need models with one stack of layers; {source.name} has {listing(sorted(outer)) or 'none'}"
-        )
-    return outer[0]
-
-
-def _single(source: Source) -> set[str]:
-    """Stacks of one layer."""
-    return {name.split(".0.")[0] for name in source.shapes if ".0." in name}
-
-
-def _layers(source: Source) -> int:
-    stack = _stack(source)
-    return 1 + max(int(name[len(stack) + 1 :].split(".")[0]) for name in source.shapes if name.startswith(f"{stack}."))
-
-
-def _names(
-    source: Source, start: int, count: int, at: int, stack: str, first: bool, last: bool, where: str
-) -> dict[str, str]:
-    """Each name of the output that comes from a source, with its name there."""
-    own, out = _stack(source), {}
-    for name in source.shapes:
-        if name.startswith(f"{own}."):
-            layer, rest = name[len(own) + 1 :].split(".", 1)
-            if start <= int(layer) < start + count:
-                out[f"{stack}.{int(layer) - start + at}.{rest}"] = name
-        elif first if any(part in name for part in FIRST) else last:
-            out[name] = name
-    if not out:
-        raise MergeError(f"{source.name} has no tensors for {where}")
-    return out
+        self.config = whole

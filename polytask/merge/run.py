@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import ConfigError, MergeError
+from polytask.core.errors import ConfigError, MergeError, listing
+from polytask.core.files import write, writing
 from polytask.core.measure import peak_memory
 
 from .adapters import merge_adapters
+from .card import cite, parents_of, record, written
 from .compress import FILE, Compressed, is_compressed, load_adapter
+from .embeddings import original
 from .engine import Job, run
 from .expression import check_names, parse
+from .fit import Plan, fits, fitted
 from .source import Adapted, Checkpoint, Module, Source
+from .vocabulary import REPLACED, Vocabulary, aligned
 from .write import Writer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,6 +48,11 @@ def merge(
     say: Callable[[str], None] = lambda text: None,
     as_: str | None = None,
     rank: int | None = None,
+    data: Any = None,
+    split: str = "train",
+    longest: int | None = None,
+    tokenizer: str | Mapping[str, Any] | None = None,
+    hashes: bool = True,
     **settings: Any,
 ) -> Any:
     """Merges models, adapters, or a mixture of both, tensor by tensor.
@@ -65,7 +75,14 @@ def merge(
         say: is told what goes on.
         as_: what adapters become: ``lora``, ``full`` or ``sparse``. With ``base`` too, an adapter is made and not a model.
         rank: the largest rank of a LoRA that is made.
-        settings: of the rule; or the models of an expression by name.
+        data: what a method looks at that does: tasks, or a path of them. Such methods run the models: ``base`` is a `Model`, or
+            what `Model.load` takes, and adapters give an adapter.
+        split: of the data's tasks.
+        longest: tokens of a text that are looked at.
+        tokenizer: brings folders whose tokenizers differ into one vocabulary: ``union``, ``base``, or what
+            `polytask.merge.vocabulary.align` takes.
+        hashes: whether the card has the sha256 of the parents' files, which are read once more for it, beside the merge.
+        settings: of the method; or the models of an expression by name.
 
     Returns:
         The folder; or a module, model or adapter where such were given and ``out`` was not.
@@ -82,37 +99,161 @@ def merge(
             raise ConfigError("an expression says how models are merged; leave method, weights and each out")
         inputs, weights, base = _expressed(inputs, settings, base)
         settings = {"normalize": False}
+    if tokenizer is not None and (method in fits or out is None):
+        raise ConfigError("tokenizer= is for folders that are merged into a folder (out=, --out) by a rule")
+    if method in fits or data is not None:
+        if weights is not None or each is not None:
+            raise ConfigError(f"{method} finds the weights itself; leave weights and each out")
+        plan, items, live = _looked(inputs, method, base, data, split, longest, seed, say, settings)
+        if not isinstance(plan, Plan):
+            return plan if out is None else plan.save(Path(out).expanduser())
+        kind = _dtype(dtype)
+        return _planned(plan, items, live, (base, *inputs), out, as_, rank, seed, kind, shard, resume, say, hashes)
     adapters = [a for item in inputs if (a := adapter_of(item)) is not None]
     if len(adapters) == len(inputs) and (base is None or as_ is not None or adapter_of(base) is not None):
+        if tokenizer is not None:
+            raise ConfigError(
+                "tokenizer= is for models; adapters alone have no embeddings of their own, so leave it out"
+            )
         root = None if base is None else adapter_of(base) or source_of(base, None)
         made = merge_adapters(
             adapters, method, weights, base=root, as_=as_, rank=rank, seed=seed, each=each, **settings  # type: ignore[arg-type]
         )  # fmt: skip
         for part in made.parts.values():
             part.to(dtype=_dtype(dtype))
+        cite(made, (*inputs, base), (*adapters, root), _dtype(dtype))
         return made if out is None else made.save(Path(out).expanduser())
     if as_ is not None or rank is not None:
         raise ConfigError("as_ and rank are for adapters; the inputs are models, or adapters and models")
     root = None if base is None else source_of(base, None)
-    sources = [source_of(item, root) for item in inputs]
+    sources, words = [source_of(item, root) for item in inputs], None
+    if tokenizer is not None:
+        root, sources, words = aligned(root, sources, tokenizer)
     job = Job(sources, method, settings, root, weights, each or {}, seed)
-    kind = _dtype(dtype)
+    return _made(job, (base, *inputs), out, _dtype(dtype), shard, resume, say, hashes, words=words)
+
+
+def _made(
+    job: Job,
+    given: Sequence[Any],
+    out: str | Path | None,
+    dtype: torch.dtype | None,
+    shard: str | int,
+    resume: bool,
+    say: Callable[[str], None],
+    hashes: bool,
+    about: Mapping[str, Any] | None = None,
+    words: Vocabulary | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Any:
+    """The merged model: in a folder, or of the kind of the first that was given."""
     began = time.perf_counter()
     if out is None:
-        return _in_memory(job, inputs, base, kind)
+        return _in_memory(job, given, dtype)
     folder = Path(out).expanduser()
-    key = key_of(job, kind)
-    writer = Writer(folder, layout(job, kind), shard=size_of(shard), key=key, resume=resume)
-    say(f"merging {len(sources)} models by {method}: {len(job.shapes)} tensors, {writer.bytes / 1e9:.2f} GB")
+    digests = [hashlib.sha256(data).hexdigest() for data in (files or {}).values()]
+    key = "".join((key_of(job, dtype), words.key if words else "", *digests))
+    writer = Writer(folder, layout(job, dtype), shard=size_of(shard), key=key, resume=resume)
+    say(f"merging {len(job.models)} models by {job.rule}: {len(job.shapes)} tensors, {writer.bytes / 1e9:.2f} GB")
     try:
-        with peak_memory(torch.device("cpu")) as peak:
+        with (
+            parents_of(given, [original(source) for source in (job.base, *job.models)], hashes) as parents,
+            peak_memory(torch.device("cpu")) as peak,
+        ):
             run(job, writer.put, writer.finished, writer.done.__contains__)
+            cited = parents()
     except BaseException:
         writer.close()
         raise
-    record = card(job, kind, time.perf_counter() - began, peak.mb)
-    writer.finish({"polytask_merge.json": (json.dumps(record, indent=2) + "\n").encode()})
-    _copy_small(job.first.folder, folder)
+    said = record(job, dtype, time.perf_counter() - began, peak.mb) | ({"fit": dict(about)} if about else {})
+    said |= {"parents": cited, "hashes": hashes, "shard": size_of(shard)}
+    extras = {}
+    if words is not None:
+        said["tokenizer"], extras = words.card, words.files(job.first.folder)
+    writer.finish({**(files or {}), **extras, **written(said)})
+    _copy_small(job.first.folder, folder, REPLACED if words is not None else ())
+    return folder
+
+
+def _looked(
+    inputs: Sequence[Any],
+    method: str,
+    base: Any,
+    data: Any,
+    split: str,
+    longest: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    settings: Mapping[str, Any],
+) -> tuple[Any, list[Adapter | Source], Source]:
+    """What a method finds out that looks at data, and the models and the base as it saw them."""
+    from polytask.core.model import Model
+
+    if method not in fits:
+        raise ConfigError(f"{method} looks at no data; leave data out, or choose one of: {listing(fits)}")
+    model = Model.load(str(base)) if isinstance(base, str | Path) else base
+    if model is not None and not isinstance(model, Model):
+        raise ConfigError(
+            f"{method} runs the base and needs its tokenizer too; give a Model (pt.Model(module, processor)) or its name, "
+            f"not {type(base).__name__}"
+        )
+    items: list[Adapter | Source] = []
+    for item in inputs:
+        adapter = adapter_of(item)
+        if adapter is None and isinstance(item, str | Path) and not is_compressed(Path(item).expanduser()):
+            item = Model.load(str(item))
+        items.append(adapter or source_of(item, None))
+    if model is None:
+        raise ConfigError(f"{method} runs the models; say the base that they were tuned from (base=, --base)")
+    found = fitted(items, method, model, data, split=split, longest=longest, seed=seed, say=say, **settings)
+    root = Module(model.module, model.name)
+    if isinstance(base, str | Path):
+        folder = Path(base).expanduser()
+        root.folder = folder if folder.is_dir() else None
+    return found, items, root
+
+
+def _planned(
+    plan: Plan,
+    items: Sequence[Adapter | Source],
+    root: Source,
+    given: Sequence[Any],
+    out: str | Path | None,
+    as_: str | None,
+    rank: int | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    shard: str | int,
+    resume: bool,
+    say: Callable[[str], None],
+    hashes: bool,
+) -> Any:
+    """What a plan says: adapters alone give an adapter."""
+    about = {"method": plan.method, **plan.about}
+    adapters = [item for item in items if isinstance(item, Adapter)]
+    if len(adapters) == len(items):
+        made = merge_adapters(
+            adapters, plan.rule, plan.weights, base=root, as_=as_, rank=rank,  # type: ignore[arg-type]
+             seed=seed, companions=plan.companions,
+            about=about, **plan.settings,
+        )  # fmt: skip
+        for part in made.parts.values():
+            part.to(dtype=dtype)
+        made.heads |= plan.heads
+        made.trainable(False)
+        return made if out is None else _beside(made.save(Path(out).expanduser()), plan.files)
+    if as_ is not None or rank is not None:
+        raise ConfigError("as_ and rank are for adapters; the inputs are models, or adapters and models")
+    sources = [Adapted(root, item) if isinstance(item, Adapter) else item for item in items]
+    job = Job(sources, plan.rule, plan.settings, root, plan.weights, {}, seed, companions=plan.companions)
+    return _made(job, given, out, dtype, shard, resume, say, hashes, about, files=plan.files)
+
+
+def _beside(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """The folder, with more files in it."""
+    with writing(folder):
+        for name, data in files.items():
+            write(folder / name, data)
     return folder
 
 
@@ -150,7 +291,11 @@ def source_of(item: Any, base: Source | None) -> Source:
             raise MergeError(f"{item} is a difference and needs its base; say which (base=, --base)")
         return Compressed(Path(item).expanduser(), base, str(item))
     if isinstance(item, str | Path):
-        return Checkpoint(_downloaded(str(item)), str(item))
+        place = _downloaded(str(item))
+        found = adapter_of(place)  # of a hub name: a folder was looked at above
+        if found is None:
+            return Checkpoint(place, str(item))
+        item = found
     if isinstance(item, Adapter):
         if base is None:
             raise MergeError(
@@ -161,19 +306,22 @@ def source_of(item: Any, base: Source | None) -> Source:
 
 
 def _downloaded(name: str) -> Path:
-    """The folder of a hub name, downloaded where it is not in the cache; other paths as they are."""
+    """The folder of a hub name (``org/model``, ``org/model@revision``), downloaded where it is not in the cache; other paths as
+    they are."""
     from polytask.core.load import ALIASES
 
     if name in ALIASES:
         return Path(ALIASES[name]())
     path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    place, _, revision = name.partition("@")
+    if path.exists() or name.startswith((".", "/", "~")) or place.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin", *SMALL]))
+        wanted = ["*.safetensors", "*.bin", *SMALL]
+        return Path(snapshot_download(place, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise MergeError(
             f"{name!r} is no folder, and could not be had from the hub: {str(error).splitlines()[0]}"
@@ -202,26 +350,13 @@ def key_of(job: Job, dtype: torch.dtype | None) -> str:
     return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
 
 
-def card(job: Job, dtype: torch.dtype | None, seconds: float, peak: float | None) -> dict[str, Any]:
-    """What was merged and how, so that it can be done again."""
-    import polytask
-
-    return {
-        "method": job.rule, "paper": job.kind.paper, "settings": dict(job.settings), "seed": job.seed,
-        "base": job.base.name if job.base else None, "models": [model.name for model in job.models],
-        "weights": None if job.weights is None else list(job.weights), "each": {k: list(v) for k, v in job.each.items()},
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."), "seconds": round(seconds, 2),
-        "peak_mb": None if not peak else round(peak, 1), "versions": {"polytask": polytask.__version__},
-    }  # fmt: skip
-
-
-def _in_memory(job: Job, inputs: Sequence[Any], base: Any, dtype: torch.dtype | None) -> Any:
+def _in_memory(job: Job, given: Sequence[Any], dtype: torch.dtype | None) -> Any:
     """The merged network, of the class of the base or of the first input that is one."""
     import copy
 
     from polytask.core.model import Model
 
-    like = next((item for item in (base, *inputs) if isinstance(item, nn.Module | Model)), None)
+    like = next((item for item in given if isinstance(item, nn.Module | Model)), None)
     if like is None:
         raise MergeError("checkpoints on disk are merged into a folder; say which (out=, --out)")
     module = copy.deepcopy(like.module if isinstance(like, Model) else like)
@@ -259,11 +394,13 @@ def size_of(text: str | int) -> int:
     raise ConfigError(f"a size is written like 5GB or 200MB, got {text!r}")
 
 
-def _copy_small(source: Path | None, folder: Path) -> None:
+def _copy_small(source: Path | None, folder: Path, without: Sequence[str] = ()) -> None:
     """The configuration, tokenizer and licence beside the merged weights."""
     if source is None:
         return
     for pattern in SMALL:
         for file in source.glob(pattern):
-            if file.is_file() and not file.name.endswith(".index.json") and not (folder / file.name).exists():
+            if file.name in without or file.name.endswith(".index.json") or (folder / file.name).exists():
+                continue
+            if file.is_file():
                 shutil.copy2(file, folder / file.name)

@@ -80,6 +80,11 @@ class Checkpoint(Source):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return list(self._files)
+
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
@@ -355,3 +360,12 @@ def compare_sources(base: Source, others: Iterable[Source]) -> None:
                 f"{other.name} does not fit {base.name}: {'; '.join(parts)}. Models that are merged must have the same tensors; "
                 "for vocabularies of different sizes say tokenizer='union' or 'base'"
             )
+
+
+def config_of(folder: Path | None, name: str = "config.json") -> dict[str, Any]:
+    """What a model's configuration says; empty where there is none."""
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
