@@ -32,9 +32,13 @@ _WHERE = {
     "Stage": "core.recipe",
     "PolytaskError": "core.errors",
     "compare": "jobs",
+    "compare_merges": "jobs",
     "search": "jobs",
+    "groupwise": "grouping",
     "Score": "core.metrics",
     "transfer_prompt": "learn.transfer",
+    "genknowsub": "merge.subtract",
+    "readapt": "merge.readapt",
     "MergeError": "core.errors",
 }
 

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import MemoryLimitError
+from polytask.core.errors import ConfigError, MemoryLimitError
+from polytask.core.head import Head
+from polytask.core.metrics import Score
 from polytask.core.model import Model
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
+from polytask.evaluate import table as _table
+from polytask.evaluate.evaluator import evaluate
+from polytask.evaluate.table import save_text
 from polytask.learn import search as _search
 from polytask.learn.learner import learn
+from polytask.merge import measure as _measure
+from polytask.merge.fit import fits
+from polytask.merge.measure import merged_adapter
+from polytask.merge.run import adapter_of
+from polytask.merge.trials import Sweep, Trial, trials
 
 
-class Table(_compare.Table):
-    """What `compare` found; see `polytask.evaluate.compare.Table`."""
+class Table(_table.Table):
+    """What `compare` found; see `polytask.evaluate.table.Table`."""
 
     def to_html(self, path: str | Path) -> Path:
         """Writes the report: one page with its pictures inside, readable without a network."""
         from polytask.report import render
 
-        return _compare.save_text(path, render(self.as_dict()))
+        return save_text(path, render(self.as_dict()))
 
 
 def compare(
@@ -31,6 +45,7 @@ def compare(
     tasks: Sequence[Task] | Task | str | Path,
     *,
     joint: Adapter | bool = True,
+    merges: Sequence[str | Mapping[str, Any]] = (),
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
@@ -45,6 +60,7 @@ def compare(
         adapters: by name, or a list, or a folder with a folder per adapter.
         tasks: what to score on, or a path that `read_tasks` takes.
         joint: an adapter learned on all tasks, True to learn one with the settings on the first adapter's card, or False.
+        merges: merge methods, each a row: names, or mappings of a name and settings.
         seed: of the bootstraps and of the joint training.
         say: is told what goes on.
         options: of `polytask.evaluate.compare.compare`: cross, general, batch_size, resamples.
@@ -56,7 +72,7 @@ def compare(
         ConfigError: no adapters, or none belongs to any of the tasks.
     """
     base = Model.load(model) if isinstance(model, str) else model
-    chosen = [tasks] if isinstance(tasks, Task) else read_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
+    chosen = _tasks(tasks)
     found = _compare.load_all(adapters)
 
     def train() -> Adapter:
@@ -66,7 +82,7 @@ def compare(
             made: Adapter = learn(
                 base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
                 budget=stage.get("budget"),
-                **stage.get("schedule", {}),
+                **{**stage.get("schedule", {}), "snapshots": 0},
             )  # fmt: skip
         except MemoryLimitError as error:
             raise MemoryLimitError(
@@ -76,8 +92,154 @@ def compare(
         return made
 
     wanted = joint if isinstance(joint, Adapter) else train if joint and len(chosen) > 1 else None
-    table = _compare.compare(base, found, chosen, joint=wanted, seed=seed, say=say, **options)
+    mergers = {trial.name: _merger(trial, found, base, chosen, seed) for trial in trials(merges)}
+    table = _compare.compare(base, found, chosen, joint=wanted, merges=mergers, seed=seed, say=say, **options)
     return Table(**vars(table))
+
+
+def _merger(
+    trial: Trial, adapters: Mapping[str, Adapter], base: Model, tasks: Sequence[Task], seed: int
+) -> Callable[[], Adapter]:
+    seen = {"data": tasks} if trial.rule in fits else {}
+    return lambda: merged_adapter(trial, list(adapters.values()), base, seed=seed, **seen)
+
+
+class Merges(_measure.Merges):
+    """What `compare_merges` found; see `polytask.merge.measure.Merges`."""
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes the report: one page with its pictures inside, readable without a network."""
+        from polytask.report.merge import render
+
+        return save_text(path, render(self.as_dict()))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``merge.json``, ``report.html`` and the pictures."""
+        from polytask.report.merge import pictures
+
+        self.to_json(Path(folder) / "merge.json")
+        self.to_html(Path(folder) / "report.html")
+        pictures(self.as_dict(), folder)
+        return Path(folder)
+
+
+def compare_merges(
+    base: Model | str | None,
+    inputs: Mapping[str, Any] | Sequence[Any] | str | Path,
+    tasks: Sequence[Task] | Task | str | Path,
+    *,
+    methods: Sequence[str | Mapping[str, Any]] = ("linear",),
+    sweep: str | Mapping[str, Sequence[float]] | None = None,
+    out: str | Path | None = None,
+    split: str = "test",
+    general: Task | None = None,
+    data: Sequence[Task] | Task | str | Path | None = None,
+    data_split: str = "train",
+    batch_size: int = 32,
+    resamples: int = 1000,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Merges:
+    """Merges adapters, or models, in several ways, and scores each result on the tasks: how much of what each task's own
+    adapter scores is left?
+
+    The best is the one with the highest mean of normalised scores on the tasks' dev splits, where all have one; the rows have
+    those on ``split``.
+
+    Args:
+        base: what the adapters act on, or what the models' differences are taken to; models without one need none.
+        inputs: adapters or models, or folders of them: by name, or a list, or a folder with a folder per adapter.
+        tasks: what to score on, or a path that `read_tasks` takes. Adapters are scored on those that they were learned on;
+            of models, one that is called as a task is its own, and else the best on it. Models that give no answers are
+            scored by linear probes.
+        methods: names, or mappings of a name and settings.
+        sweep: ``lambda=0.1..1.0``, ``density=0.1..0.9:5``, or ``{"density": [0.1, 0.3]}``, for the methods that have it.
+        out: folder for the best, ``merge.json``, ``report.html`` and pictures.
+        split: what the rows are scored on.
+        general: a task that stands for the base's own ability: a text for language models.
+        data: what methods look at that look at data; the tasks themselves by default.
+        data_split: of the data.
+        batch_size: sequences per forward.
+        resamples: of the bootstraps.
+        seed: of the merges and of the bootstraps.
+        say: is told what goes on.
+        options: of `polytask.merge`: weights, each, as_, rank, dtype, shard.
+
+    Returns:
+        A table with ``.rows``, ``.best``, ``.look``, ``.merged`` (the best), ``.to_json(path)``, ``.to_html(path)``.
+
+    Raises:
+        ConfigError: an unknown method or setting, or no adapter was learned on any of the tasks.
+        MergeError: none of the merges could be made.
+    """
+    swept = Sweep.of(sweep)
+    tried = trials(methods, swept)
+    chosen = _tasks(tasks)
+    named = _named(inputs)
+    adapters = {name: item for name, item in named.items() if isinstance(item, Adapter)}
+    if adapters:
+        if len(adapters) < len(named):
+            raise ConfigError("give adapters, or models, to be scored on tasks; not both at once")
+        if base is None:
+            raise ConfigError("adapters are scored on their base; say which (base=, --base)")
+        base = Model.load(base) if isinstance(base, str) else base
+    own = _compare.owners(adapters, chosen) if adapters else {t.name: t.name for t in chosen if t.name in named}
+    for task in chosen if adapters else []:
+        if task.name not in own:
+            say(f"no adapter was learned on {task.name}, so it is left out")
+    used = [task for task in chosen if task.name in own or not adapters]
+
+    def score(model: Model, task: Task, mix: str | None, head: Head | None, on: str) -> Score:
+        draws = resamples if on == split else 0  # what is not shown needs no interval
+        return evaluate(model, task, mix, head=head, split=on, batch_size=batch_size, resamples=draws, seed=seed)
+
+    seen = {"data": used if data is None else data, "split": data_split}
+    with _folder(out) as folder:
+        contest = _measure.Contest(
+            named, base, used, own, score, {"seed": seed, **options}, seen, split, general, folder / ".tries", say
+        )
+        try:
+            found = Merges(**vars(contest.run(tried)))
+            found.sweep = {} if swept is None else {"name": swept.name, "values": list(swept.values)}
+            if out is not None:
+                contest.place(found.merged, folder)
+                found.save(folder)
+        finally:
+            shutil.rmtree(contest.folder, ignore_errors=True)
+    return found
+
+
+def _tasks(given: Sequence[Task] | Task | str | Path) -> list[Task]:
+    if isinstance(given, Task):
+        return [given]
+    return read_tasks(given) if isinstance(given, str | Path) else list(given)
+
+
+def _named(inputs: Mapping[str, Any] | Sequence[Any] | str | Path) -> dict[str, Any]:
+    """Adapters, models and folders of models by name. Raises `ConfigError` where two have the same."""
+    if isinstance(inputs, str | Path):
+        return dict(_compare.load_all(inputs))
+    if isinstance(inputs, Mapping):
+        return {name: adapter_of(item) or item for name, item in inputs.items()}
+    found: dict[str, Any] = {}
+    for place, given in enumerate(inputs):
+        item = adapter_of(given) or given
+        name = Path(item).name if isinstance(item, str | Path) else item.name or f"input{place}"
+        if name in found:
+            raise ConfigError(f"two of what is merged are called {name!r}; give them by name, as a mapping")
+        found[name] = item
+    return found
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    """Where results go; a folder for the time being when nobody wants them."""
+    if out is not None:
+        yield Path(out).expanduser()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def learn_each(
@@ -101,6 +263,24 @@ def learn_each(
     for task in tasks:
         say(f"learning {task.name} ({len(task.train)} examples)")
         made.append(learn(model, task, out=Path(out) / task.name, **options))
+    return made
+
+
+def drawn(folder: str | Path) -> list[Path]:
+    """Draws what a method left as ``NAME.json``, where `polytask.report` has a module NAME, as ``NAME.png``."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from polytask.core.files import write, writing
+
+    made = []
+    for file in sorted(Path(folder).expanduser().glob("*.json")):
+        if file.stem.isidentifier() and find_spec(f"polytask.report.{file.stem}") is not None:
+            draw = getattr(import_module(f"polytask.report.{file.stem}"), "picture", None)
+            if draw is not None:
+                made.append(file.with_suffix(".png"))
+                with writing(made[-1]):
+                    write(made[-1], draw(json.loads(file.read_text(encoding="utf-8"))))
     return made
 
 

@@ -14,6 +14,7 @@ def commands() -> Any:
     from .app import app
 
     importlib.import_module(".merging", __name__)
+    importlib.import_module(".grouping", __name__)
     return app
 
 

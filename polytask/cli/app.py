@@ -213,6 +213,10 @@ def compare(
     base: Base = "minilm",
     out: Annotated[str, typer.Option("--out", help="Folder for report.html and table.json.")] = "report",
     joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Also learn one adapter on all tasks.")] = True,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option("--merge", help="Also merge all adapters: ties, or ties:density=0.3; repeatable."),
+    ] = None,
     cross: Annotated[bool, typer.Option("--cross/--no-cross", help="Every adapter on every task.")] = True,
     batch_size: Batch = 32,
     seed: Seed = 0,
@@ -230,7 +234,9 @@ def compare(
     _notes(found)
     folder = _need(library, "the folder of adapters")
     _writable(out)
-    table = run(base, folder, found, joint=joint, cross=cross, seed=seed, batch_size=batch_size, say=_say)
+    merges = [form_of(text, "--merge") for text in merge or []]
+    options = {"joint": joint, "merges": merges, "cross": cross, "seed": seed, "batch_size": batch_size}
+    table = run(base, folder, found, say=_say, **options)
     page = Path(out) / "report.html"
     try:
         table.to_json(page.with_name("table.json"))

@@ -12,6 +12,7 @@ from polytask.core.errors import ConfigError
 
 from .app import Json, Seed, _need, _say, _show, _writable, app
 from .options import form_of
+from .words import WORDS, told
 
 
 @app.command()
@@ -19,14 +20,18 @@ def merge(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Folders, files or hub names of models, folders of adapters; a mergekit file and a folder; an expression; "
-            "or the word list.",
+            help="Folders, files or hub names of models, folders of adapters; a mergekit file, or the record of a merge, "
+            "and a folder; an expression; or the word list.",
             show_default=False,
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="How, with settings: ties:density=0.3. See polytask merge list.")
-    ] = "linear",
+        list[str] | None,
+        typer.Option(
+            "--method",
+            help="How, with settings: ties:density=0.3; linear by default. See polytask merge list. Repeatable with --evaluate.",
+        ),
+    ] = None,
     base: Annotated[str, typer.Option("--base", help="What differences are taken to; adapters need theirs.")] = "",
     weights: Annotated[
         str, typer.Option("--weights", help="A number for each input: 1,0.5,0.5. 1 each by default.")
@@ -39,7 +44,23 @@ def merge(
     rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of a LoRA that is made.", min=1)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16; the base's by default.")] = "",
     shard: Annotated[str, typer.Option("--shard", help="Size of a file at most.")] = "5GB",
+    data: Annotated[str, typer.Option("--data", help="Tasks for methods that look at data: a file or a folder.")] = "",
+    split: Annotated[str, typer.Option("--split", help="Of the data: train, dev or test.")] = "train",
+    tokenizer: Annotated[
+        str,
+        typer.Option("--tokenizer", help="One vocabulary for models whose tokenizers differ: union, base or an input."),
+    ] = "",
+    evaluate: Annotated[
+        str, typer.Option("--evaluate", help="Tasks to score the result on; of several methods the best is kept.")
+    ] = "",
+    sweep: Annotated[
+        str, typer.Option("--sweep", help="A setting to try values of: lambda=0.1..1.0, or density=0.1..0.9:5.")
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge in --out.")] = False,
+    hashes: Annotated[
+        bool, typer.Option("--hash/--no-hash", help="Whether the card has the sha256 of the models' files.")
+    ] = True,
+    mode: Annotated[str, typer.Option("--mode", help="Of subtract: factor or delta.")] = "factor",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -51,12 +72,24 @@ def merge(
 
     Example: polytask merge "base + 0.8*(a - base)" --base original --model a=tuned-a --out merged
 
+    Example: polytask merge lib/a lib/b --base minilm --method adamerging:steps=200 --data tasks/ --out lib/both
+
     Example: polytask merge config.yml merged
+
+    Example: polytask merge merged/polytask_merge.json again
+
+    Example: polytask merge lib/a lib/b --base minilm --method ties --method linear --evaluate examples/tasks --out best
+
+    Example: polytask merge readapt base tuned domain --weights 0.8,1 --rank 64 --out merged
+
+    Example: polytask merge subtract lib/task lib/general --mode factor --out lib/own
 
     polytask merge list shows the methods.
     """
     from polytask.merge.mergekit import merge_file
     from polytask.merge.run import merge as run
+
+    from .measuring import choosing, evaluated, unscored
 
     given = list(inputs or [])
     if given == ["list"]:
@@ -65,8 +98,27 @@ def merge(
         return
     if not given:
         _need("", "what to merge")
-    common: dict[str, Any] = {"shard": shard, "seed": seed, "resume": resume, "say": _say}
+    common: dict[str, Any] = {"shard": shard, "seed": seed, "resume": resume, "say": _say, "hashes": hashes}
+    if given[0] in WORDS and len(given) > 1:
+        if method or base or model or as_ or data or evaluate or sweep:
+            raise ConfigError(f"{given[0]} takes no --method, --base, --model, --as, --data, --evaluate or --sweep")
+        _writable(out)
+        own = {**common, "dtype": dtype or None, "tokenizer": tokenizer or None}
+        _done(told(given, out, _numbers(weights), mode, rank, **own), as_json)
+        return
+    if given[0].endswith(".json"):
+        unscored(evaluate, sweep, resume, "a record")
+        from polytask.merge.replay import replay
+
+        if len(given) > 2:
+            more = ", ".join(given[1:])
+            raise ConfigError(f"a record names its parents itself; give it and a folder for the result, not {more}")
+        out = given[1] if len(given) == 2 else out
+        _writable(out)
+        _done(replay(given[0], out, resume=resume, say=_say), as_json)
+        return
     if given[0].endswith((".yml", ".yaml")):
+        unscored(evaluate, sweep, resume, "a mergekit file")
         if len(given) > 2:
             more = ", ".join(given[1:])
             raise ConfigError(
@@ -77,23 +129,32 @@ def merge(
         _done(Path(merge_file(given[0], out, **common)), as_json)
         return
     _writable(out)
-    chosen = form_of(method, "--method")
-    name = str(chosen.pop("name"))
+    ways = [form_of(text, "--method") for text in method or ["linear"]]
+    choosing(ways, evaluate, sweep)
     expression = len(given) == 1 and not Path(given[0]).exists() and bool(re.search(r"[*+()]| - ", given[0]))
     if model and not expression:
         raise ConfigError(
             "--model gives names to an expression such as 'base + 0.8*(a - base)'; write one, or leave it out"
         )
+    unscored(evaluate, sweep, resume, "an expression" if expression else "")
+    if evaluate:
+        evaluated(
+            given, ways, base, evaluate, sweep, out, as_json, weights=_numbers(weights), dtype=dtype or None, as_=as_ or None,
+            rank=rank, shard=shard, seed=seed, data=data or None, data_split=split, tokenizer=tokenizer or None, hashes=hashes,
+        )  # fmt: skip
+        return
+    chosen = ways[0]
+    name = str(chosen.pop("name"))
     settings = dict(_pair(text) for text in model or []) if expression else chosen
     folder = run(
         given[0] if expression else given, name, base or None, _numbers(weights), out=out, dtype=dtype or None,
-        as_=as_ or None, rank=rank, **common, **settings,
+        as_=as_ or None, rank=rank, data=data or None, split=split, tokenizer=tokenizer or None, **common, **settings,
     )  # fmt: skip
     _done(Path(folder), as_json)
 
 
 def _done(folder: Path, as_json: bool) -> None:
-    """Says what was made: a model, or an adapter, which has a card of its own."""
+    """Says what was made: a model, an adapter, which has a card of its own, or several parts."""
     import json
 
     record = folder / "polytask_merge.json"
@@ -103,6 +164,18 @@ def _done(folder: Path, as_json: bool) -> None:
         seconds, peak = parts[-1]["seconds"], parts[-1]["peak_mb"]
         said = f"saved in {folder}; {seconds:.1f} s" + (f", {peak:.0f} MB at most" if peak else "")
         _show({"out": str(folder), **card}, as_json, said)
+        return
+    from polytask.jobs import drawn
+
+    pictures = drawn(folder)
+    if not (folder / "adapter_config.json").is_file():  # several parts, and what was found out about them
+        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+        _show(
+            {"out": str(folder), "pictures": [str(p) for p in pictures], **found},
+            as_json,
+            f"saved in {folder}: {there}",
+        )
         return
     from polytask.core.adapter import Adapter
 
@@ -114,22 +187,28 @@ def _done(folder: Path, as_json: bool) -> None:
 
 def methods() -> list[dict[str, Any]]:
     """What is known of every merge method."""
+    from polytask.merge.fit import fits
     from polytask.merge.rule import rules
 
+    looking = set(fits)
+    kinds: list[Any] = [*(kind for kind in rules.values() if kind.name not in looking), *fits.values()]
     return [
         {
             "name": kind.name, "summary": (kind.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "),
-            "paper": kind.paper, "needs_base": kind.needs_base, "settings": kind().settings(),
+            "paper": kind.paper, "needs_base": kind.name in looking or kind.needs_base,
+            "data": ("labelled" if kind.labels else "unlabelled") if kind.name in looking else "",
+            "settings": kind().settings(),
         }
-        for kind in rules.values()
+        for kind in sorted(kinds, key=lambda kind: kind.name)
     ]  # fmt: skip
 
 
 def _line(record: dict[str, Any]) -> str:
     settings = ", ".join(f"{k}={v!r}" for k, v in record["settings"].items()) or "none"
     base = "needs a base" if record["needs_base"] else "needs no base"
+    data = f" and {record['data']} examples" if record["data"] else ""
     summary = re.sub(r"\s+", " ", record["summary"])
-    return f"{record['name']}: {summary}\n  {record['paper'] or 'no paper'}; {base}; settings: {settings}"
+    return f"{record['name']}: {summary}\n  {record['paper'] or 'no paper'}; {base}{data}; settings: {settings}"
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import numpy as np
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError
-from polytask.core.files import write, writing
 from polytask.core.head import Head, TextHead
 from polytask.core.measure import peak_memory
 from polytask.core.metrics import METRICS, Score, default_metric, majority, score
@@ -26,59 +23,7 @@ from polytask.core.task import Task
 
 from .evaluator import evaluate
 from .probe import probe
-
-
-@dataclass
-class Table:
-    """What `compare` found, as plain values.
-
-    Attributes:
-        rows: a score of a method on a task each: method, task, metric, value, low, high, n, note.
-        methods: a method each: what it is, average, worst, trained parameters, bytes, seconds, peak memory, what it forgot.
-        ranks: how a budget dealt the ranks of an adapter out, for each that has had one.
-        base, tasks, cross, forgetting, settings: see ``docs/compare.md``.
-    """
-
-    base: dict[str, Any] = field(default_factory=dict)
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    methods: list[dict[str, Any]] = field(default_factory=list)
-    cross: dict[str, Any] = field(default_factory=dict)
-    forgetting: dict[str, Any] = field(default_factory=dict)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
-        return dict(vars(self))
-
-    def value(self, method: str, task: str) -> float | None:
-        """The score of a method on a task."""
-        return next((r["value"] for r in self.rows if (r["method"], r["task"]) == (method, task)), None)
-
-    def to_json(self, path: str | Path) -> Path:
-        """Writes the table as JSON."""
-        return save_text(path, json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
-
-    def __str__(self) -> str:
-        names = [t["name"] for t in self.tasks]
-        width = max([len("method"), *(len(m["method"]) for m in self.methods)])
-        lines = [" | ".join(["method".ljust(width), *names, "average"])]
-        for method in self.methods:
-            values = [self.value(method["method"], name) for name in names]
-            cells = [("-" if v is None else f"{v:.3f}").rjust(len(n)) for v, n in zip(values, names, strict=True)]
-            mean = "-" if method["average"] is None else f"{method['average']:.3f}"
-            lines.append(" | ".join([method["method"].ljust(width), *cells, mean.rjust(7)]))
-        return "\n".join(lines)
-
-
-def save_text(path: str | Path, text: str) -> Path:
-    """Writes a text file whole or not at all."""
-    file = Path(path)
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, text.encode())
-    return file
+from .table import Table
 
 
 def compare(
@@ -87,6 +32,7 @@ def compare(
     tasks: Sequence[Task],
     *,
     joint: Adapter | Callable[[], Adapter] | None = None,
+    merges: Mapping[str, Callable[[], Adapter]] | None = None,
     cross: bool = True,
     general: Task | None = None,
     batch_size: int = 32,
@@ -102,6 +48,7 @@ def compare(
             (for generative bases: the tasks on its card).
         tasks: what to score on.
         joint: an adapter learned on all tasks together, or what makes one when its turn comes.
+        merges: what makes one adapter of all, by the merge method's name.
         cross: measure every adapter on every task.
         general: a task of kind ``lm`` that stands for a language model's own ability; the other tasks' inputs by default.
         batch_size: sequences per forward.
@@ -115,12 +62,7 @@ def compare(
     started = time.perf_counter()
     model = Model.load(model) if isinstance(model, str) else model
     found = load_all(adapters)
-    own = {task.name: name for task in tasks for name in found if _belongs(found[name], task)}
-    if not own:
-        raise ConfigError(
-            f"none of the adapters ({', '.join(found) or 'none given'}) was learned on the tasks {[t.name for t in tasks]}; "
-            "give the tasks they were learned on"
-        )
+    own = owners(found, tasks)
     comparison = Comparison(model, found, list(tasks), own, batch_size, resamples, seed, say)
     with comparison.attached():
         comparison.baselines()
@@ -129,6 +71,8 @@ def compare(
             comparison.joint(joint)
         if len(found) > 1:
             comparison.average()
+        for name, made in (merges or {}).items():
+            comparison.merged(name, made)
         if cross:
             comparison.crossed(general)
     return comparison.table(time.perf_counter() - started)
@@ -145,6 +89,17 @@ def load_all(adapters: Mapping[str, Adapter] | Sequence[Adapter] | str | Path) -
             raise ConfigError(f"{folder} has no adapter folders; `polytask learn TASKS --out {folder}` makes some")
         return {path.name: Adapter.load(path) for path in inside}
     return {adapter.name or f"adapter{i}": adapter for i, adapter in enumerate(adapters)}
+
+
+def owners(adapters: Mapping[str, Adapter], tasks: Sequence[Task]) -> dict[str, str]:
+    """The name of the adapter that was learned on a task, by the task's name. Raises `ConfigError` where there is none."""
+    own = {task.name: name for task in tasks for name in adapters if _belongs(adapters[name], task)}
+    if not own:
+        raise ConfigError(
+            f"none of the adapters ({', '.join(adapters) or 'none given'}) was learned on the tasks {[t.name for t in tasks]}; "
+            "give the tasks they were learned on"
+        )
+    return own
 
 
 def _belongs(adapter: Adapter, task: Task) -> bool:
@@ -233,6 +188,26 @@ class Comparison:
             used=used,
             made=True,
         )
+
+    def merged(self, method: str, make: Callable[[], Adapter]) -> None:
+        """One adapter that all were merged into, read by each task's own head."""
+        self.say(f"merging by {method}")
+        started = time.perf_counter()
+        with peak_memory(self.model.device) as peak:
+            adapter = make()
+        seconds = round(time.perf_counter() - started, 2)
+        adapter.card.training |= {"seconds": seconds, "peak_mb": peak.mb, "trained_parameters": 0}
+        name = self.model.attach(adapter, f"compare/merged by {method}")
+
+        def one(task: Task) -> Score | None:
+            owner = self.own.get(task.name)
+            return None if owner is None else self._score(task, name, self._head(owner, task))
+
+        try:
+            what = f"one adapter that all were merged into by {method}, with each task's own head"
+            self._method(f"merged: {method}", what, one, used=[adapter])
+        finally:
+            self.model.detach(name)
 
     # The cross matrix, and what each adapter forgot
 

@@ -16,7 +16,10 @@ from functools import cached_property
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # Imported here, and by name, so that a later import cannot put the module in the place of the function `pictures`.
 from . import pictures as _draw
@@ -197,16 +200,10 @@ def render(table: Mapping[str, Any]) -> str:
     Raises:
         DataError: see `Comparison.read`.
     """
-    from jinja2 import Environment
-    from markupsafe import Markup, escape
+    from markupsafe import Markup
 
     data = Comparison.read(table)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "count": count, "size": size, "duration": duration}
-    environment.filters |= {"sentence": sentence, "memory": lambda mb: size(mb * 1e6)}
-    # a long name may be broken after these, where a reader would break it
-    environment.filters |= {"breaks": lambda text: Markup(re.sub(r"([_/.])", r"\1<wbr>", str(escape(text))))}
-    template = environment.from_string(files(__package__).joinpath("compare.html").read_text(encoding="utf-8"))
+    template = page("compare.html")
     cross = data.table.get("cross")
     notes: list[str] = []
     return template.render(
@@ -230,6 +227,20 @@ def render(table: Mapping[str, Any]) -> str:
         costs=[k for k in COSTS if any(m.get(k) is not None for m in data.methods.values())],
         cost_names=COSTS,
     )
+
+
+def page(name: str) -> Template:
+    """A page's template, with the filters for numbers; both pages include the same styles."""
+    from jinja2 import Environment, FunctionLoader
+    from markupsafe import Markup, escape
+
+    loader = FunctionLoader(lambda file: files(__package__).joinpath(file).read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters |= {"number": number, "signed": signed, "count": count, "size": size, "duration": duration}
+    environment.filters |= {"sentence": sentence, "memory": lambda mb: size(mb * 1e6)}
+    # a long name may be broken after these, where a reader would break it
+    environment.filters |= {"breaks": lambda text: Markup(re.sub(r"([_/.])", r"\1<wbr>", str(escape(text))))}
+    return environment.get_template(name)
 
 
 def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
