@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import sys
 import time
@@ -28,10 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only functions with this name")
     parser.add_argument("--quick", action="store_true", help="few repeats and small sizes: shows that it runs")
     parser.add_argument("--threads", type=int, help="torch's threads; torch's own choice if not given")
+    parser.add_argument("--mergekit", metavar="PATH", help="mergekit's mergekit-yaml, of an environment of its own")
+    parser.add_argument("--size", help="of the models that are merged: 40m, 160m, 500m or 1.5b")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.modules) - set(there))
     if unknown:
         parser.error(f"there is no module {', '.join(unknown)}; there are: {', '.join(there)}")
+    for name, value in (("POLYTASK_MERGEKIT", given.mergekit), ("POLYTASK_MERGE_SIZE", given.size)):
+        if value:
+            os.environ[name] = value
     if given.threads:
         torch.set_num_threads(given.threads)
     document: dict[str, Any] = {"machine": machine(), "quick": given.quick, "results": []}
