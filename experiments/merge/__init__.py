@@ -1,0 +1,1 @@
+"""Merge methods on real data; see `__main__`."""
