@@ -72,6 +72,8 @@ def groupwise(
     found, directions = groups_of(given, chosen)
     fixed = None if plan == "measured" else by_direction({name: directions.get(name, "") for name in named}, pivot)
     trial = trials([merge])[0] if merge else None
+    if trial is not None and trial.rule in fits and fits[trial.rule].gives == "parts":
+        raise MergeError(f"{trial.rule} does not make one adapter of several; choose another method for --merge")
     folder = None if out is None else Path(out).expanduser()
     settings = {"progress": False, **options}
 
@@ -83,9 +85,10 @@ def groupwise(
     def merged(name: str, parts: Sequence[Adapter], own: Sequence[Task]) -> Adapter:
         assert trial is not None
         looking = {"data": list(own)} if trial.rule in fits else {}
-        made = merged_adapter(trial, parts, base, seed=seed, rank=rank or rank_of(parts), **looking)
-        if not isinstance(made, Adapter):
-            raise MergeError(f"{trial.rule} does not make one adapter of several; choose another method for --merge")
+        own_rank = (
+            {"rank": rank or rank_of(parts)} if trial.rule not in fits or fits[trial.rule].gives == "model" else {}
+        )
+        made = merged_adapter(trial, parts, base, seed=seed, **own_rank, **looking)
         made.name = name
         return made
 

@@ -24,8 +24,8 @@ from polytask.learn import search as _search
 from polytask.learn.learner import learn
 from polytask.merge import measure as _measure
 from polytask.merge.fit import fits
+from polytask.merge.given import adapter_of
 from polytask.merge.measure import merged_adapter
-from polytask.merge.run import adapter_of
 from polytask.merge.trials import Sweep, Trial, trials
 
 

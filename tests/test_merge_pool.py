@@ -272,11 +272,14 @@ class TestAdaMerging:
             pt.merge(made, "adamerging", encoder, [1, 1], data=tasks())
         with pytest.raises(ConfigError, match="linear looks at no data"):
             pt.merge(made, "linear", data=tasks())
+        with pytest.raises(ConfigError, match="lorahub says itself what it makes"):
+            pt.merge(made, "lorahub", encoder, data=tasks(), as_="full")
         with pytest.raises(ConfigError, match="per must be tensor or model"):
             pt.merge(made, "adamerging", encoder, data=tasks(), per="row")
 
 
 def test_every_method_says_what_it_is():
     for kind in fits.values():
+        assert kind.gives in ("model", "adapter", "parts")
         assert kind.paper and kind.__doc__ and len(kind.__doc__) > 200, kind
         kind()  # its defaults are allowed

@@ -38,7 +38,7 @@ def told(
         alpha, beta = weights or (1.0, 1.0)
         base, tuned, domain = rest
         return Path(readapt(base, tuned, domain, alpha, beta, rank=rank, out=out, **options))
-    from polytask.merge.run import adapter_of
+    from polytask.merge.given import adapter_of
     from polytask.merge.subtract import genknowsub
 
     if len(rest) < 2 or weights or rank is not None:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,23 +175,20 @@ def run(
             while len(writing) > AHEAD:
                 writing.popleft().result()
 
+        def write(name: str, start: int, rows: Tensor, last: bool) -> None:
+            put(name, rows, start)
+            if last:
+                finished(name)
+
         for name in (n for n in left if job.copied(n)):
-            later(lambda name=name: (put(name, job.first.read(name), 0), finished(name))[1])  # type: ignore[misc]
+            later(partial(write, name, 0, job.first.read(name), True))
         for block in _read(job, reader, [n for n in left if not job.copied(n)], facts):
             merged = job.rule_of(block.name).merge(block)
             _check(merged, block, job)
             last = not block.shape or block.start + (len(merged) if merged.dim() else 1) >= block.shape[0]
-
-            def write(
-                name: str = block.name, start: int = block.start, rows: Tensor = merged, last: bool = last
-            ) -> None:
-                put(name, rows, start)
-                if last:
-                    finished(name)
-
+            part = partial(write, block.name, block.start, merged, last)
             del block, merged  # the models' rows need not wait for the writer
-            later(write)
-            del write
+            later(part)
         while writing:
             writing.popleft().result()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -81,10 +81,12 @@ class Fit:
         labels: whether it needs answers; else it looks at inputs alone.
         least: how few models it takes.
         most: how many it takes, or None.
+        gives: a plan for a ``model`` of any form, one ``adapter`` of its own making, or several ``parts``.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    gives: ClassVar[Literal["model", "adapter", "parts"]] = "model"
     labels: ClassVar[bool] = False
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None

@@ -28,9 +28,10 @@ from polytask.core.model import Model
 from polytask.core.task import Task
 
 from .fit import fits
+from .given import source_of
 from .look import Look, independent, look, look_adapters
 from .rule import rules
-from .run import merge, source_of
+from .run import merge
 from .trials import Trial
 
 OWN, BASE = "own model", "base"

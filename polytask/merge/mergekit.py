@@ -22,11 +22,11 @@ from polytask.core.measure import peak_memory
 from .card import parents_of, record, written
 from .embeddings import original
 from .engine import Job, run
+from .given import source_of
+from .made import DTYPES, copy_small, key_of, layout, size_of
 from .methods import METHODS
 from .reading import chain, entries_of, keys_of, mapping_of, model_of, template_of, tokenizer_of
 from .rule import rules
-from .run import DTYPES, key_of, layout, size_of, source_of
-from .run import _copy_small as copy_small
 from .slices import Part, View, layers_of, modules_of, names_of, stack_of
 from .source import Checkpoint, Source, config_of
 from .values import Layers, resolve

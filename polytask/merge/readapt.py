@@ -10,8 +10,9 @@ from polytask.core.files import write
 
 from .card import written
 from .embeddings import embeddings
+from .given import source_of
 from .lowrank import LowRank
-from .run import merge, source_of
+from .run import merge
 
 
 def readapt(

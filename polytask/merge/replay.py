@@ -10,9 +10,10 @@ from typing import Any
 from polytask.core.errors import MergeError, listing
 
 from .card import Digests, files_of
+from .given import source_of
 from .mergekit import merge_file
 from .readapt import readapt
-from .run import merge, source_of
+from .run import merge
 
 
 def replay(

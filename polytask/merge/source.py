@@ -207,7 +207,7 @@ class Safe:
             shape, whole = (max(0, last - first), *shape[1:]), math.prod(shape[1:])
             at += first * whole * dtype.itemsize
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        left = memoryview(data.numpy())
+        left = memoryview(data.numpy().data)
         while left:  # one call reads two gigabytes at most
             count = os.preadv(self._file, [left], at)
             if not count:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError, MergeError, listing, nearest
 
+from .given import source_of
 from .rules.elect import one_of
 from .rules.local import emr_unified, tall_mask
-from .run import source_of
 from .source import Checkpoint, Source, compare_sources
 from .write import Writer
 

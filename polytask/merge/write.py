@@ -113,7 +113,7 @@ class Writer:
         data = tensor.detach().to(dtype).contiguous()
         row = data[0].numel() * data.element_size() if data.dim() and len(data) else data.element_size()
         at += start * row
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+        view = data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else memoryview(b"")
         with writing(self.folder):
             while view:  # one call writes two gigabytes at most
                 written = os.pwrite(self._files[number], view, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class CycleQD(Fit):
     temperature: float = 1.0
 
     labels: ClassVar[bool] = True
+    gives: ClassVar[Literal["model", "adapter", "parts"]] = "parts"
     paper: ClassVar[str] = "arXiv 2410.14735"
     least: ClassVar[int] = 2
 

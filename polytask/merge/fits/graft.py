@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Graft(Fit):
     batches: int = 128
     share: float = 0.95
 
+    gives: ClassVar[Literal["model", "adapter", "parts"]] = "parts"
     paper: ClassVar[str] = "arXiv 2302.06600"
     labels: ClassVar[bool] = True
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -52,6 +52,7 @@ class LoraHub(Fit):
     penalty: float = 0.05
     spread: float = 0.5
 
+    gives: ClassVar[Literal["model", "adapter", "parts"]] = "adapter"
     paper: ClassVar[str] = "arXiv 2307.13269"
     labels: ClassVar[bool] = True
 

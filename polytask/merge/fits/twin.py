@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class TwinMerging(Fit):
     dropout: float = 0.5
     held_out: float = 0.2
 
+    gives: ClassVar[Literal["model", "adapter", "parts"]] = "parts"
     paper: ClassVar[str] = "arXiv 2406.15479"
     least: ClassVar[int] = 2
 
