@@ -93,7 +93,7 @@ def merge(
     if method in fits or data is not None:
         if weights is not None or each is not None:
             raise ConfigError(f"{method} finds the weights itself; leave weights and each out")
-        if method in fits and fits[method].gives != "model" and not (as_ is rank is dtype is None):
+        if method in fits and fits[method].gives != "model" and any(v is not None for v in (as_, rank, dtype)):
             raise ConfigError(f"{method} says itself what it makes; leave as_, rank and dtype out")
         plan, items, live = looked(inputs, method, base, data, split, longest, seed, say, settings)
         if not isinstance(plan, Plan):
