@@ -103,7 +103,7 @@ def page_of(config: dict[str, Any], tables: list[dict[str, Any]], file: Path) ->
     for method in methods:
         cells = [_cell(tables, method, name) for name in names]
         means = [next(m["average"] for m in t["methods"] if m["method"] == method) for t in tables]
-        lines.append(f"| {method} | {' | '.join(cells)} | {_mean(means)} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {interval(means)} |")
     lines += [
         "",
         "| method | trained parameters | bytes | seconds | peak memory, MB | forgot |",
@@ -115,7 +115,7 @@ def page_of(config: dict[str, Any], tables: list[dict[str, Any]], file: Path) ->
         lines.append(
             f"| {method} | {found[0]['trained_parameters'] or 0:,} | {found[0]['bytes']:,} | "
             f"{statistics.median(m['seconds'] for m in found):.0f} | {statistics.median(m['peak_mb'] or 0 for m in found):.0f} | "
-            f"{_mean(forgot) if forgot else '-'} |"
+            f"{interval(forgot) if forgot else '-'} |"
         )
     lines += ["", f"Forgot: change of the {tables[0]['forgetting'].get('measure', 'base')}.", ""]
     lines += [
@@ -138,10 +138,11 @@ def _cell(tables: list[dict[str, Any]], method: str, task: str) -> str:
     if any(r["value"] is None for r in rows):
         return "-"
     low, high = statistics.mean(r["low"] for r in rows), statistics.mean(r["high"] for r in rows)
-    return f"{_mean([r['value'] for r in rows])} [{low:.2f}, {high:.2f}]"
+    return f"{interval([r['value'] for r in rows])} [{low:.2f}, {high:.2f}]"
 
 
-def _mean(values: list[float]) -> str:
+def interval(values: list[float]) -> str:
+    """Mean and 95 % t-interval."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     half = T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5

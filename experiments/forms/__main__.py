@@ -26,7 +26,7 @@ from typing import Any
 
 from polytask.core.config import read_yaml
 
-from ..__main__ import T_95
+from ..__main__ import interval
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -235,13 +235,6 @@ def _fill(name: str, form: str, seed: int, lock: threading.Lock) -> None:
         kept.write_text(json.dumps(done, indent=1))
 
 
-def _mean(values: list[float], digits: int = 3) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
-
-
 def page_of(name: str) -> str:
     """The results of a suite as Markdown, best first; and a picture of score against parameters beside it."""
     config = suite(name)
@@ -272,7 +265,7 @@ def page_of(name: str) -> str:
     for form, scores, good in sorted(table, key=lambda entry: -statistics.mean(entry[1])):
         first = next(iter(good.values()))
         if form == "base":
-            lines.append(f"| *{config['bare']}* | {_mean(scores)} | {len(scores)} | 0 | 0 | - | - | - |")
+            lines.append(f"| *{config['bare']}* | {interval(scores)} | {len(scores)} | 0 | 0 | - | - | - |")
             continue
         ratios = [_pace(r) / pace[s] for s, r in good.items() if s in pace]
         lost = [
@@ -284,10 +277,10 @@ def page_of(name: str) -> str:
         peak = statistics.median(row["peak_mb"] or 0 for r in good.values() for row in r["rows"])
         weight = statistics.median(row["bytes"] for row in first["rows"])
         lines.append(
-            f"| {form} | {_mean(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
+            f"| {form} | {interval(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
             f"{statistics.median(ratios):.2f} | {peak:.0f} | {statistics.mean(lost):+.3f} |"
             if ratios and lost
-            else f"| {form} | {_mean(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
+            else f"| {form} | {interval(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
             f"{f'{statistics.median(ratios):.2f}' if ratios else '-'} | {peak:.0f} | - |"
         )
     picture = (ROOT / config["page"]).with_suffix(".png")

@@ -22,7 +22,7 @@ from typing import Any
 
 from polytask.core.config import read_yaml
 
-from ..__main__ import T_95, tasks_of
+from ..__main__ import interval, tasks_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -177,14 +177,6 @@ def main() -> None:
 
 
 # The page
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % t-interval."""
-    if len(values) < 2:
-        return f"{statistics.mean(values):.3f}"
-    half = T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
 
 def page_of(config: dict[str, Any], done: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from polytask.core.config import read_yaml
 
-from ..__main__ import T_95
+from ..__main__ import interval
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -161,12 +161,6 @@ def main() -> None:
     print(page)
 
 
-def _mean(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5:.3f}"
-
-
 def page_of(config: dict[str, Any], done: dict[str, Any], base: str, shots: int) -> str:
     """The results as Markdown, the methods of each set by H."""
     lines = [f"# {config['title']}", "", config["about"].strip(), ""]
@@ -188,7 +182,7 @@ def page_of(config: dict[str, Any], done: dict[str, Any], base: str, shots: int)
             if where == name:
                 rows.setdefault(method, []).append(found)
         for method, found in sorted(rows.items(), key=lambda entry: -statistics.mean(f["h"] for f in entry[1])):
-            cells = [_mean([f[k] for f in found]) for k in ("base", "new", "h")]
+            cells = [interval([f[k] for f in found]) for k in ("base", "new", "h")]
             size = f"{found[0]['parameters']:,}" if "parameters" in found[0] else "0"
             seconds = f"{statistics.median(f['seconds'] for f in found):.0f}" if "seconds" in found[0] else "-"
             shown = f"*{method}*" if method == "zero-shot" else method
