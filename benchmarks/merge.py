@@ -329,7 +329,8 @@ def lora_svd(quick: bool) -> dict[str, Any]:
 
 def compeft(quick: bool) -> dict[str, Any]:
     """ComPEFT of a difference of 100 MB in fp32, written to a file: MB of the difference in a second, over 200."""
-    from polytask.merge.compress import ternary, write
+    from polytask.core.packed import write
+    from polytask.merge.compress import ternary
 
     count, parts = (10, 100_000) if quick else (25, 1_000_000)
     made = [(f"w{i}", torch.randn(parts, generator=torch.Generator().manual_seed(i)) * 0.01) for i in range(count)]

@@ -11,7 +11,7 @@ from test_merge import Held, close, merged
 from zoo import tiny
 
 import polytask as pt
-from polytask.core.errors import ConfigError, MergeError
+from polytask.core.errors import AdapterError, ConfigError, MergeError
 from polytask.merge import compress
 from polytask.merge.engine import Job
 from polytask.merge.rule import Block
@@ -559,7 +559,7 @@ def test_compression_is_its_formula(seed, density, alpha, coarse):
 def test_packing_loses_nothing(values, scale, dtype, tmp_path_factory):
     tensor = torch.tensor(values).to(dtype) * torch.tensor(scale).to(dtype)
     path = tmp_path_factory.mktemp("c") / "x.safetensors"
-    compress.write(path, {"w": compress._packed(tensor), "other": torch.arange(3)}, {"said": "so"})
+    compress.write(path, {"w": compress.packed(tensor), "other": torch.arange(3)}, {"said": "so"})
     found, metadata = compress.read(path)
     back = found["w"] if isinstance(found["w"], torch.Tensor) else compress.decode(found["w"])
     assert torch.equal(back, tensor) and back.dtype == dtype and metadata["said"] == "so"
@@ -586,7 +586,7 @@ def test_a_compressed_difference_is_small_and_is_merged_like_a_model(tuned, tmp_
         compress.Compressed(path, Module(tiny("gpt2")[0]))
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(MergeError, match="damaged or holds no compressed"):
-        compress.read(path)
+        compress.Compressed(path, Module(base))
 
 
 @pytest.mark.parametrize("form", ["lora", "ia3"])
@@ -598,13 +598,21 @@ def test_a_compressed_adapter_is_an_adapter(form, tmp_path):
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     made = compress.compress_adapter(adapter, density=0.3)
     folder = compress.save_adapter(adapter, tmp_path / "small", density=0.3)
-    back = compress.load_adapter(folder)
+    back = pt.Adapter.load(folder)
     assert back.hash == made.hash and back.form == adapter.form
     assert not (folder / "adapter_model.safetensors").exists()
     values = torch.cat([p.detach().reshape(-1) for p in back.parameters()])
     assert int((values != 0).sum()) == round(0.3 * values.numel()) and len(values.abs().unique()) == 2
     merged_ = pt.merge([folder], "task_arithmetic", base=model.module)
     close(state(merged_), state(back.merge_into(model).module), 1e-6)
+    held = folder / "compressed.safetensors"
+    whole = held.read_bytes()
+    held.write_bytes(whole[:-9])
+    with pytest.raises(AdapterError, match="damaged or holds no compressed"):
+        pt.Adapter.load(folder)
+    held.write_bytes(whole)
+    adapter.save(folder)  # over the compressed one
+    assert pt.Adapter.load(folder).hash == adapter.hash and not held.exists()
 
 
 def test_rescalers_of_the_whole_vector_and_of_means_differ_where_tensors_differ_in_size(tmp_path):

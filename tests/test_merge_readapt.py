@@ -104,10 +104,57 @@ def test_the_words_of_the_command(llama, tmp_path, run):
     for words, message in (
         (["readapt", *paths[:2]], "readapt takes three models"),
         (["readapt", *paths, "--weights", "1"], "readapt takes three models"),
-        (["readapt", *paths, "--method", "ties"], "readapt takes no --method"),
+        (["readapt", *paths, "--method", "ties"], "readapt takes no --method and no --base"),
         (["subtract", tmp_path / "task"], "subtract takes an adapter and general ones"),
         (["subtract", tmp_path / "task", tmp_path / "base"], "base is no folder of an adapter"),
         (["subtract", tmp_path / "task", tmp_path / "general", "--mode", "all"], "mode must be one of factor, delta"),
+    ):
+        code, _, err = run("merge", *words, "--out", tmp_path / "no")
+        assert code in (1, 2) and message in err, err
+
+
+def test_what_is_compressed_and_split_on_the_command_line_comes_back(llama, tmp_path, run):
+    base = tiny("llama", seed=0)[0]
+    base.save_pretrained(tmp_path / "base")
+    tuned = tiny("llama", seed=0)[0]
+    with torch.no_grad():
+        for i, parameter in enumerate(tuned.parameters()):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    tuned.save_pretrained(tmp_path / "tuned")
+    task = shaken(llama, LORA, "linear", name="task")
+    task.save(tmp_path / "task")
+
+    code, _, err = run(
+        "merge", "compress", tmp_path / "task", "--method", "compeft:density=0.1", "--out", tmp_path / "s"
+    )
+    assert code == 0, err
+    small = pt.Adapter.load(tmp_path / "s")
+    kept = sum(int((p != 0).sum()) for p in small.parameters())
+    assert kept == round(0.1 * sum(p.numel() for p in small.parameters()))
+
+    code, _, err = run("merge", "compress", tmp_path / "tuned", "--base", tmp_path / "base", "--out", tmp_path / "c")
+    assert code == 0, err
+    folder = pt.merge([tmp_path / "c"], "task_arithmetic", base=str(tmp_path / "base"), out=tmp_path / "whole")
+    found, plain = (Checkpoint(folder), Checkpoint(tmp_path / "base"))
+    sizes = torch.cat([(found.read(n) - plain.read(n)).abs().flatten() for n in plain.shapes])
+    assert int((sizes > 0.01).sum()) == round(0.2 * sizes.numel())
+
+    code, _, err = run("merge", "split", tmp_path / "tuned", "--base", tmp_path / "base", "--out", tmp_path / "one")
+    assert code == 0, err
+    place = tmp_path / "again"
+    code, _, err = run("merge", "restore", tmp_path / "one", "tuned", "--base", tmp_path / "base", "--out", place)
+    assert code == 0, err
+    for name, value in tuned.state_dict().items():  # one model alone comes back whole
+        torch.testing.assert_close(Checkpoint(place).read(name), value, rtol=1e-4, atol=1e-6)
+
+    for words, message in (
+        (["compress", tmp_path / "tuned"], "is a model, of which the difference"),
+        (["compress", tmp_path / "task", "--method", "ties"], "compress has no method 'ties'"),
+        (["compress", tmp_path / "task", "--method", "compeft:densiti=1"], "did you mean 'density'"),
+        (["compress", tmp_path / "task", "--rank", "2"], "compress takes no --weights and no --rank"),
+        (["split", tmp_path / "tuned"], "split takes models and their base"),
+        (["restore", tmp_path / "one", "tunde", "--base", tmp_path / "base"], "did you mean 'tuned'"),
+        (["readapt", "a", "b", "c", "--method", "ties"], "readapt takes no --method"),
     ):
         code, _, err = run("merge", *words, "--out", tmp_path / "no")
         assert code in (1, 2) and message in err, err

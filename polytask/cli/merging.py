@@ -84,6 +84,12 @@ def merge(
 
     Example: polytask merge subtract lib/task lib/general --mode factor --out lib/own
 
+    Example: polytask merge compress lib/a --method compeft:density=0.1 --out lib/a-small
+
+    Example: polytask merge split tuned-a tuned-b --base original --method emr --out both
+
+    Example: polytask merge restore both tuned-a --base original --out again
+
     polytask merge list shows the methods.
     """
     from polytask.merge.mergekit import merge_file
@@ -100,11 +106,12 @@ def merge(
         _need("", "what to merge")
     common: dict[str, Any] = {"shard": shard, "seed": seed, "resume": resume, "say": _say, "hashes": hashes}
     if given[0] in WORDS and len(given) > 1:
-        if method or base or model or as_ or data or evaluate or sweep:
-            raise ConfigError(f"{given[0]} takes no --method, --base, --model, --as, --data, --evaluate or --sweep")
+        if model or as_ or data or evaluate or sweep or len(method or []) > 1:
+            raise ConfigError(f"{given[0]} takes no --model, --as, --data, --evaluate, --sweep or several --method")
         _writable(out)
         own = {**common, "dtype": dtype or None, "tokenizer": tokenizer or None}
-        _done(told(given, out, _numbers(weights), mode, rank, **own), as_json)
+        way = form_of(method[0], "--method") if method else None
+        _done(told(given, out, _numbers(weights), mode, rank, way, base, **own), as_json)
         return
     if given[0].endswith(".json"):
         unscored(evaluate, sweep, resume, "a record")

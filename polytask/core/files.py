@@ -1,7 +1,7 @@
 """Adapter folders: PEFT's two files with our card and heads beside them.
 
 adapter_config.json          PEFT's schema; ``peft_type`` is PEFT's own where PEFT can apply the adapter, else ours
-adapter_model.safetensors    ``base_model.model.<path>.<tensor>``
+adapter_model.safetensors    ``base_model.model.<path>.<tensor>``; or ``compressed.safetensors``, see `polytask.core.packed`
 polytask.json                card, sites and the exact form
 heads.safetensors            task heads, where there are any
 README.md                    a model card
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import peft_files
+from . import packed, peft_files
 from .adapter import Adapter, Card
 from .errors import AdapterError, StorageError, listing, nearest
 from .form import Form, Part, Patch, forms
@@ -65,6 +65,7 @@ def save(adapter: Adapter, folder: Path) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, files)
+        (folder / packed.FILE).unlink(missing_ok=True)
         if not heads:
             (folder / HEADS).unlink(missing_ok=True)
     return folder
@@ -264,7 +265,7 @@ def _folder(path: str, revision: str | None, subfolder: str | None) -> Path:
 def _from_hub(name: str, revision: str | None, subfolder: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG, WEIGHTS, CARD, HEADS, *PICKLED)]
+    wanted = [f"{subfolder}/{f}" if subfolder else f for f in (CONFIG, WEIGHTS, packed.FILE, CARD, HEADS, *PICKLED)]
     try:
         got = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's errors share no base: no network, no such name, no right
@@ -306,6 +307,13 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str]:
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], str]:
     if (folder / WEIGHTS).is_file():
         return _read_tensors(folder / WEIGHTS)
+    if (folder / packed.FILE).is_file():
+        try:
+            held, said = packed.read(folder / packed.FILE)
+        except ValueError as error:
+            raise AdapterError(f"{error}; copy or download it again") from error
+        whole = {name: packed.decode(t) if isinstance(t, packed.Ternary) else t for name, t in held.items()}
+        return whole, said.get(MARK, "")
     file = next((folder / name for name in PICKLED if (folder / name).is_file()), None)
     if file is None:
         raise AdapterError(f"{folder} has no {WEIGHTS}; the adapter is not complete")

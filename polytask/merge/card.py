@@ -23,8 +23,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import MergeError
 from polytask.core.files import CARD as ADAPTER_CARD
 from polytask.core.files import CONFIG, WEIGHTS
+from polytask.core.packed import FILE
 
-from .compress import FILE
 from .engine import Job
 from .rule import rules
 from .source import Checkpoint, Source

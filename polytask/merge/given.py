@@ -9,8 +9,9 @@ from torch import nn
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MergeError
+from polytask.core.packed import FILE, is_packed
 
-from .compress import FILE, Compressed, is_compressed, load_adapter
+from .compress import Compressed
 from .source import Adapted, Checkpoint, Module, Source
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.tiktoken")  # what lies beside weights and is copied
@@ -20,9 +21,15 @@ def adapter_of(item: Any) -> Adapter | None:
     """The adapter, where an input is one or the folder of one."""
     if isinstance(item, str | Path) and (Path(item).expanduser() / "adapter_config.json").is_file():
         folder = Path(item).expanduser()
-        item = load_adapter(folder) if (folder / FILE).is_file() else Adapter.load(item)
+        item = Adapter.load(folder)
         item.name = item.name or folder.name
     return item if isinstance(item, Adapter) else None
+
+
+def packed_in(item: str | Path) -> Path | None:
+    """The file of a compressed difference, where an input is one or the folder of one."""
+    path = Path(item).expanduser()
+    return next((file for file in (path, path / FILE) if is_packed(file)), None)
 
 
 def source_of(item: Any, base: Source | None) -> Source:
@@ -36,10 +43,10 @@ def source_of(item: Any, base: Source | None) -> Source:
     if isinstance(item, nn.Module):
         return Module(item)
     item = adapter_of(item) or item
-    if isinstance(item, str | Path) and is_compressed(Path(item).expanduser()):
+    if isinstance(item, str | Path) and (packed := packed_in(item)) is not None:
         if base is None:
             raise MergeError(f"{item} is a difference and needs its base; say which (base=, --base)")
-        return Compressed(Path(item).expanduser(), base, str(item))
+        return Compressed(packed, base, str(item))
     if isinstance(item, str | Path):
         place = _downloaded(str(item))
         found = adapter_of(place)  # of a hub name: a folder was looked at above

@@ -11,10 +11,9 @@ from polytask.core.errors import ConfigError, listing
 from polytask.core.files import write, writing
 
 from .adapters import merge_adapters
-from .compress import is_compressed
 from .engine import Job
 from .fit import Plan, fits, fitted
-from .given import adapter_of, source_of
+from .given import adapter_of, packed_in, source_of
 from .made import Out, made
 from .source import Adapted, Module, Source
 
@@ -46,7 +45,7 @@ def looked(
     items: list[Adapter | Source] = []
     for item in inputs:
         adapter = adapter_of(item)
-        if adapter is None and isinstance(item, str | Path) and not is_compressed(Path(item).expanduser()):
+        if adapter is None and isinstance(item, str | Path) and packed_in(item) is None:
             item = Model.load(str(item))
         items.append(adapter or source_of(item, None))
     found = fitted(items, method, model, data, split=split, longest=longest, seed=seed, say=say, **settings)
