@@ -6,7 +6,6 @@ Shapes: A [r, i] and B [o, r] of one adapter at one site, delta = s B A; N adapt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from polytask.core.adapter import Adapter, Card
 from polytask.core.errors import ConfigError, MergeError, listing
 from polytask.core.form import Form, Patch
-from polytask.core.head import Head
 from polytask.core.site import Site
 from polytask.forms.factored import FactoredPatch
 from polytask.forms.full import DensePatch, Full
@@ -25,30 +23,13 @@ from polytask.forms.sparse import LTSFT, SparsePatch
 from .card import adapter_notes, versions
 from .engine import Job, surveyed
 from .factors import difference, ranks_of, reduced, split
-from .heads import mean_heads, starts_of
+from .heads import heads_of, mean_heads, starts_of
 from .names import Named, renamed
 from .rule import rules
 from .source import Adapted, Source
+from .together import Stand, Together, bare, check_independent, tensor_of, together
 
 As = Literal["lora", "full", "sparse"]
-
-
-class Stand(Source):
-    """Stands where a base would: tensors of its shapes, with one value everywhere."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], value: float = 0.0, name: str = "no base") -> None:
-        self.name, self._shapes, self.value = name, dict(shapes), value
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        whole = torch.full((), self.value).expand(self._shapes[name])
-        return whole if whole.dim() == 0 else whole[start:stop]
 
 
 class Changes(Source):
@@ -64,7 +45,7 @@ class Changes(Source):
         self.within = Adapted(base, adapter, alone=True)
         self.name, self._shapes = self.within.name, shapes
         self.place = {
-            _tensor(adapter.patches[site].site, parameter): tensor
+            tensor_of(adapter.patches[site].site, parameter): tensor
             for tensor, (site, parameter) in self.within._sites.items()
         }
 
@@ -80,22 +61,6 @@ class Changes(Source):
         if change is None:
             return torch.zeros(self._shapes[name])[start:stop]
         return change[start:stop]
-
-
-@dataclass
-class _Union:
-    """The sites of all adapters, and the parameters that change there."""
-
-    sites: dict[str, Site] = field(default_factory=dict)
-    parameters: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            _tensor(site, parameter): _shape(site, parameter)
-            for name, site in self.sites.items()
-            for parameter in self.parameters[name]
-        }
 
 
 def merge_adapters(
@@ -139,28 +104,13 @@ def merge_adapters(
         MergeError: the adapters do not fit together, have no dense change, or cannot be expressed in the form.
         ConfigError: an unknown method or setting.
     """
-    everything = [*adapters, *([base] if isinstance(base, Adapter) else [])]
-    union = together(everything)
-    kind = rules[method]
     if as_ not in (None, "lora", "full", "sparse"):
-        raise ConfigError(f"as_ must be one of lora, full, sparse, got {as_!r}")
+        raise ConfigError(f"as_ must be one of lora, full, sparse, mix, got {as_!r}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if kind.ends and not isinstance(base, Adapter):
-        raise MergeError(f"{method} goes from one adapter to another; give the first one as base=")
-    stand = base if isinstance(base, Source) else Stand(_bare(union))
-    if isinstance(stand, Stand):
-        for adapter in everything:
-            _independent(adapter, union)
-    sources = [Changes(adapter, stand, union.shapes) for adapter in adapters]
-    origin: Source | None = Stand(union.shapes) if kind.needs_base else None
-    if isinstance(base, Adapter):
-        origin = Changes(base, stand, union.shapes)
-    place = {ours: own for source in sources for ours, own in source.place.items()}
-    settings = {key: renamed(value, place) for key, value in settings.items()}
-    weights = None if weights is None else [renamed(weight, place) for weight in weights]
-    beside = None if companions is None else [Named(companion, place) for companion in companions]
-    job = Job(sources, method, settings, origin, weights, each or {}, seed, companions=beside)
+    everything = [*adapters, *([base] if isinstance(base, Adapter) else [])]
+    kind = rules[method]
+    job, union = job_of(adapters, method, weights, base, seed, each, companions, settings)
     form = as_ or _form_of(adapters, rank)
     if rank is not None and form != "lora":
         raise ConfigError(f"rank= is of a LoRA, and the result has the form {form}; say as_='lora'")
@@ -181,8 +131,39 @@ def merge_adapters(
     return Adapter(general, made, heads, card, name or method, targets).trainable(False)
 
 
+def job_of(
+    adapters: Sequence[Adapter],
+    method: str,
+    weights: Sequence[Any] | None,
+    base: Source | Adapter | None,
+    seed: int,
+    each: Mapping[str, Sequence[Any]] | None,
+    companions: Sequence[Source] | None,
+    settings: Mapping[str, Any],
+) -> tuple[Job, Together]:
+    """What is merged and how, and the adapters' sites; see `merge_adapters`."""
+    everything = [*adapters, *([base] if isinstance(base, Adapter) else [])]
+    union = together(everything)
+    kind = rules[method]
+    if kind.ends and not isinstance(base, Adapter):
+        raise MergeError(f"{method} goes from one adapter to another; give the first one as base=")
+    stand = base if isinstance(base, Source) else Stand(bare(union))
+    if isinstance(stand, Stand):
+        for adapter in everything:
+            check_independent(adapter, union)
+    sources = [Changes(adapter, stand, union.shapes) for adapter in adapters]
+    origin: Source | None = Stand(union.shapes) if kind.needs_base else None
+    if isinstance(base, Adapter):
+        origin = Changes(base, stand, union.shapes)
+    place = {ours: own for source in sources for ours, own in source.place.items()}
+    chosen = {key: renamed(value, place) for key, value in settings.items()}
+    weighed = None if weights is None else [renamed(weight, place) for weight in weights]
+    beside = None if companions is None else [Named(companion, place) for companion in companions]
+    return Job(sources, method, chosen, origin, weighed, each or {}, seed, companions=beside), union
+
+
 def _merged(
-    job: Job, union: _Union, adapters: Sequence[Adapter], first: Adapter | None, form: As, rank: int | None
+    job: Job, union: Together, adapters: Sequence[Adapter], first: Adapter | None, form: As, rank: int | None
 ) -> tuple[dict[str, Patch], dict[str, tuple[float, float]]]:
     """The patches, and of each site that is an approximation the squares of the error and of the change."""
     facts = surveyed(job)
@@ -195,7 +176,7 @@ def _merged(
             if error is not None:
                 errors[name] = error
         else:
-            patch = _dense(full, site, {p: _whole(job, _tensor(site, p), facts) for p in union.parameters[name]})
+            patch = _dense(full, site, {p: _whole(job, tensor_of(site, p), facts) for p in union.parameters[name]})
         if patch is not None:
             made[name] = patch
     return made, errors
@@ -213,7 +194,7 @@ def _whole(job: Job, tensor: str, facts: Any) -> Tensor:
 def _lora(
     job: Job,
     facts: Any,
-    union: _Union,
+    union: Together,
     adapters: Sequence[Adapter],
     first: Adapter | None,
     site: Site,
@@ -225,13 +206,13 @@ def _lora(
     if reason or parameter not in union.parameters[site.name]:
         raise MergeError(f"at {site.name!r} a LoRA cannot say what changes ({reason or 'a bias'}); say as_='full'")
     for other in union.parameters[site.name]:
-        if other != parameter and bool(_whole(job, _tensor(site, other), facts).any()):
+        if other != parameter and bool(_whole(job, tensor_of(site, other), facts).any()):
             raise MergeError(f"at {site.name!r} the {other} changes too, which a LoRA cannot say; say as_='full'")
     patches = [adapter.patches.get(site.name) for adapter in adapters]
     start = first.patches.get(site.name) if first is not None else None
     own = [None if patch is None else factors_of(patch) for patch in (*patches, start)]
     total = sum(f[0].shape[ranks_of(site)[0]] for f in own if f is not None)
-    tensor = _tensor(site, parameter)
+    tensor = tensor_of(site, parameter)
     factors = None
     if all(patch is None or f is not None for patch, f in zip((*patches, start), own, strict=True)):
         factors = job.rule_of(tensor).factors(job.frame(tensor, facts))
@@ -270,7 +251,7 @@ def factors_of(patch: Patch) -> tuple[Tensor, Tensor] | None:
     return patch.A.detach().float().cpu(), patch.B.detach().float().cpu() * patch.form.scale
 
 
-def _dense_form(union: _Union, form: As) -> Form:
+def _dense_form(union: Together, form: As) -> Form:
     named = {p for name, site in union.sites.items() if not site.param for p in union.parameters[name]}
     parameters: Any = next(iter(named)) if len(named) == 1 else "all"
     if form == "sparse":
@@ -314,96 +295,6 @@ def _form_of(adapters: Sequence[Adapter], rank: int | None) -> As:
     if rank is not None or all(isinstance(patch, LoRAPatch) for patch in patches):
         return "lora"
     return "sparse" if all(isinstance(patch, SparsePatch) for patch in patches) else "full"
-
-
-# What fits together
-
-
-def together(adapters: Sequence[Adapter]) -> _Union:
-    """All sites. Raises `MergeError` where the adapters are of different bases, or have a site in different shapes."""
-    prints = [(a.name, str(a.card.base["fingerprint"])) for a in adapters if a.card.base.get("fingerprint")]
-    if len({weights for _, weights in prints}) > 1:
-        said = listing(f"{name!r} (weights {weights[:8]})" for name, weights in prints)
-        raise MergeError(f"the adapters were made for different bases: {said}; merge adapters of one base")
-    union = _Union()
-    for adapter in adapters:
-        if not adapter.form.mergeable:
-            raise MergeError(
-                f"the adapter {adapter.name!r} has the form {adapter.form.name!r}, which has no dense change of a weight, so it "
-                "cannot be merged; keep it attached, or merge outputs with a mix"
-            )
-        for name, patch in adapter.patches.items():
-            site = union.sites.setdefault(name, patch.site)
-            if site.shape != patch.site.shape or site.kind != patch.site.kind:
-                raise MergeError(
-                    f"at {name!r} the adapter {adapter.name!r} is for a {patch.site.kind} of shape {patch.site.shape}, and "
-                    f"another for a {site.kind} of shape {site.shape}; merge adapters of one base"
-                )
-            known = union.parameters.setdefault(name, [])
-            known += [p for p in _changed(patch) if p not in known]
-    return union
-
-
-def _changed(patch: Patch) -> list[str]:
-    """The parameters that a patch changes."""
-    site = patch.site
-    if site.param:
-        return [site.param]
-    if isinstance(patch, DensePatch):
-        return list(patch.shapes)
-    both = site.bias and type(patch).deltas is not Patch.deltas
-    return ["weight", "bias"] if both else ["weight"]
-
-
-def _tensor(site: Site, parameter: str) -> str:
-    return f"{site.path}.{parameter}".lstrip(".")
-
-
-def _shape(site: Site, parameter: str) -> tuple[int, ...]:
-    if parameter != "bias" or site.param:
-        return site.shape
-    return site.shape if site.kind == "norm" else (site.d_out if site.kind == "linear" else site.shape[0],)
-
-
-def _bare(union: _Union) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a base would have at the sites, also those that nobody changes."""
-    return union.shapes | {
-        _tensor(s, p): _shape(s, p)
-        for s in union.sites.values()
-        for p in ([s.param] if s.param else ["weight", *(["bias"] if s.bias else [])])
-    }
-
-
-def _independent(adapter: Adapter, union: _Union) -> None:
-    """Raises `MergeError` where a change depends on the base's weights: it differs between two of them."""
-    seen = set()
-    for site, patch in adapter.patches.items():
-        kind = (type(patch), type(patch.form), patch.site.kind)
-        if kind in seen:
-            continue
-        seen.add(kind)
-        bare = _bare(union)
-        found = [Adapted(Stand(bare, value), adapter, alone=True)._changes(site) for value in (0.0, 0.5)]
-        if any(not torch.equal(change, found[1][key]) for key, change in found[0].items()):
-            raise MergeError(
-                f"what the adapter {adapter.name!r} ({adapter.form.name}) changes depends on the base's weights; give them too "
-                "(base=, and as_= for an adapter as the result)"
-            )
-
-
-def heads_of(adapters: Sequence[Adapter]) -> dict[str, Head]:
-    """All heads by task. Raises `MergeError` for two different ones of a task."""
-    heads: dict[str, Head] = {}
-    for adapter in adapters:
-        for task, head in adapter.heads.items():
-            other = heads.setdefault(task, head)
-            own, theirs = head.state_dict(), other.state_dict()
-            if own.keys() != theirs.keys() or any(not torch.equal(v, theirs[k]) for k, v in own.items()):
-                raise MergeError(
-                    f"two of the adapters have different heads for the task {task!r}, and heads are not averaged; take one "
-                    f"away before (adapter.heads.pop({task!r})), or give it another name"
-                )
-    return heads
 
 
 def _card(

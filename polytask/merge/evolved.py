@@ -24,8 +24,8 @@ from polytask.core.form import Patch
 from polytask.core.head import Head
 from polytask.core.model import Model
 
-from .adapters import heads_of
 from .changed import adapter_of, patch_at, places_of, thin_of
+from .heads import heads_of
 from .pool import Change, Pool
 from .source import Source
 

@@ -83,3 +83,18 @@ def _same_start(task: str, adapters: Sequence[Adapter]) -> None:
 def _middle(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     return torch.stack([t.double() for t in tensors]).mean(0).to(first) if first.is_floating_point() else first
+
+
+def heads_of(adapters: Sequence[Adapter]) -> dict[str, Head]:
+    """All heads by task. Raises `MergeError` for two different ones of a task."""
+    heads: dict[str, Head] = {}
+    for adapter in adapters:
+        for task, head in adapter.heads.items():
+            other = heads.setdefault(task, head)
+            own, theirs = head.state_dict(), other.state_dict()
+            if own.keys() != theirs.keys() or any(not torch.equal(v, theirs[k]) for k, v in own.items()):
+                raise MergeError(
+                    f"two of the adapters have different heads for the task {task!r}, and heads are not averaged; take one "
+                    f"away before (adapter.heads.pop({task!r})), or give it another name"
+                )
+    return heads

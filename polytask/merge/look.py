@@ -15,9 +15,10 @@ from torch import Tensor
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MergeError
 
-from .adapters import Changes, Stand, _bare, _independent, together
+from .adapters import Changes
 from .engine import Job
 from .source import Source
+from .together import Stand, bare, check_independent, together
 
 ELEMENTS = 1 << 18  # numbers of one model in a block: all models' lie in float64 beside each other
 OUTSIDE = "outside the layers"
@@ -146,8 +147,8 @@ def look_adapters(adapters: Sequence[Adapter], base: Source | None = None, eleme
     union = together(adapters)
     if base is None:
         for adapter in adapters:
-            _independent(adapter, union)
-    stand = base or Stand(_bare(union))
+            check_independent(adapter, union)
+    stand = base or Stand(bare(union))
     return look([Changes(adapter, stand, union.shapes) for adapter in adapters], Stand(union.shapes), elements)
 
 
@@ -156,7 +157,7 @@ def independent(adapters: Sequence[Adapter]) -> bool:
     union = together(adapters)
     try:
         for adapter in adapters:
-            _independent(adapter, union)
+            check_independent(adapter, union)
     except MergeError:
         return False
     return True

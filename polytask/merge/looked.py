@@ -14,6 +14,7 @@ from .adapters import merge_adapters
 from .engine import Job
 from .fit import Plan, fits, fitted
 from .given import adapter_of, packed_in, source_of
+from .live import summed
 from .made import Out, made
 from .source import Adapted, Module, Source
 
@@ -70,6 +71,10 @@ def planned(
     about = {"method": plan.method, **plan.about}
     adapters = [item for item in items if isinstance(item, Adapter)]
     if len(adapters) == len(items):
+        if as_ == "mix":
+            return summed(
+                adapters, plan.rule, plan.weights, base=root, seed=seed, companions=plan.companions, **plan.settings
+            )
         merged = merge_adapters(
             adapters, plan.rule, plan.weights, base=root, as_=as_, rank=rank, seed=seed,  # type: ignore[arg-type]
             companions=plan.companions, about=about, **plan.settings,

@@ -23,7 +23,8 @@ from polytask.core.predict import predict
 from polytask.core.rows import Row
 from polytask.core.task import Example, Task
 
-from .adapters import factors_of, heads_of
+from .adapters import factors_of
+from .heads import heads_of
 from .source import Adapted, Module, Source, compare_sources
 
 

@@ -16,6 +16,7 @@ from .engine import Job
 from .expression import check_names, parse
 from .fit import Plan, fits
 from .given import adapter_of, source_of
+from .live import summed
 from .looked import looked, planned
 from .made import Out, dtype_of, made
 from .vocabulary import aligned
@@ -61,7 +62,8 @@ def merge(
         resume: go on with an interrupted merge in ``out``.
         each: settings of each input, by name: ``{"density": [0.2, 0.5]}``.
         say: is told what goes on.
-        as_: what adapters become: ``lora``, ``full`` or ``sparse``. With ``base`` too, an adapter is made and not a model.
+        as_: what adapters become: ``lora``, ``full`` or ``sparse``; with ``base`` too, an adapter is made and not a model. Or
+            ``mix``: nothing is made, and a mix weighs the adapters, attached under their names (rules that are weighted sums).
         rank: the largest rank of a LoRA that is made.
         data: what a method looks at that does: tasks, or a path of them. Such methods run the models: ``base`` is a `Model`, or
             what `Model.load` takes, and adapters give an adapter.
@@ -98,6 +100,8 @@ def merge(
         plan, items, live = looked(inputs, method, base, data, split, longest, seed, say, settings)
         if not isinstance(plan, Plan):
             return plan if out is None else plan.save(Path(out).expanduser())
+        if as_ == "mix":
+            _unmade(out, rank, dtype)
         return planned(plan, items, live, (base, *inputs), place, as_, rank, seed)
     adapters = [a for item in inputs if (a := adapter_of(item)) is not None]
     if len(adapters) == len(inputs) and (base is None or as_ is not None or adapter_of(base) is not None):
@@ -106,6 +110,9 @@ def merge(
                 "tokenizer= is for models; adapters alone have no embeddings of their own, so leave it out"
             )
         root = None if base is None else adapter_of(base) or source_of(base, None)
+        if as_ == "mix":
+            _unmade(out, rank, dtype)
+            return summed(adapters, method, weights, base=root, seed=seed, each=each, **settings)
         merged = merge_adapters(
             adapters, method, weights, base=root, as_=as_, rank=rank, seed=seed, each=each, **settings  # type: ignore[arg-type]
         )  # fmt: skip
@@ -121,6 +128,14 @@ def merge(
         root, sources, words = aligned(root, sources, tokenizer)
     job = Job(sources, method, settings, root, weights, each or {}, seed)
     return made(job, (base, *inputs), place, words=words)
+
+
+def _unmade(out: Any, rank: int | None, dtype: Any) -> None:
+    """Raises `ConfigError` for what a mix does not have."""
+    if any(v is not None for v in (out, rank, dtype)):
+        raise ConfigError(
+            "as_='mix' gives a live mix, which has no folder, rank or dtype; leave out, rank and dtype out"
+        )
 
 
 def _expressed(text: str, given: Mapping[str, Any], base: Any) -> tuple[list[Any], list[float], Any]:
