@@ -258,6 +258,15 @@ class TestAdaMerging:
         torch.testing.assert_close(found.module.state_dict()[name], expected)
         assert record["fit"]["method"]["name"] == "adamerging"
 
+    def test_a_folder_may_hold_more_tasks(self, encoder, tmp_path):
+        made, said = two(encoder), []
+        for task in (*tasks(), colours(name="other")):
+            lines = [json.dumps({"input": e.inputs[0], "target": e.target}) for e in task.train]
+            (tmp_path / f"{task.name}.jsonl").write_text("\n".join(lines))
+        found = pt.merge(made, "adamerging", encoder, data=tmp_path, steps=1, say=said.append)
+        assert found.card.training["merge"]["fit"]["method"]["tasks"] == ["colours", "inverse"]
+        assert [line for line in said if "head for other, so it is not looked at" in line]
+
     def test_what_it_refuses(self, encoder, decoder):
         made = two(encoder)
         with pytest.raises(ConfigError, match="looks at examples, without answers; say which"):

@@ -166,6 +166,8 @@ def fitted(
     tasks = [data] if isinstance(data, Task) else read_tasks(data) if isinstance(data, str | Path) else list(data)
     if not tasks:
         raise ConfigError(f"{method} looks at data, and there are no tasks; give at least one")
+    if isinstance(data, str | Path) and not chosen.starts():  # a folder may hold more tasks than these models are for
+        tasks = _readable(model, inputs, tasks, say)
     pool = Pool(model, inputs, tasks, split=split, seed=seed, longest=longest, say=say, starts=chosen.starts())
     with pool, torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -178,3 +180,16 @@ def fitted(
             "tasks": [task.name for task in tasks],
         }
     return found
+
+
+def _readable(
+    model: Model, inputs: Sequence[Adapter | Source], tasks: Sequence[Task], say: Callable[[str], None]
+) -> list[Task]:
+    """The tasks whose answers can be read: by an adapter's head, or by a generative base."""
+    heads = {task for item in inputs if isinstance(item, Adapter) for task in item.heads}
+    if model.kind in ("causal", "seq2seq") or not heads:
+        return list(tasks)
+    for task in tasks:
+        if task.name not in heads:
+            say(f"no adapter brings a head for {task.name}, so it is not looked at")
+    return [task for task in tasks if task.name in heads] or list(tasks)
