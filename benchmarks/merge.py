@@ -191,6 +191,7 @@ def methods(quick: bool) -> dict[str, Any]:
                 found[method] = {"error": str(error)}
                 continue
             found[method] = {**took, **({"ratio": _over(took["polytask"], took["mergekit"])} if kit else {})}
+            print(f"  {method}: {found[method].get('ratio', took)}", file=sys.stderr, flush=True)  # some take minutes
     ratios = [entry["ratio"]["seconds"] for entry in found.values() if "ratio" in entry]
     return result(
         methods.__doc__ or "", max(ratios, default=None), 1.0, _peer(1.0 if ratios else None), size=size, methods=found
