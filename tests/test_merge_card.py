@@ -219,14 +219,36 @@ def test_what_is_no_record_is_refused(tmp_path, content):
 
 def test_what_looked_at_data_is_not_made_again(place):
     pt.merge(["m0", "m1"], out="out")
-    said = record(place / "out") | {"fit": {"method": {"name": "x"}}}
+    said = record(place / "out") | {"fit": {"method": {"name": "x", "paper": "arXiv 1", "steps": 3}}}
     (place / "r.json").write_text(json.dumps(said))
     with pytest.raises(MergeError, match="looked at data"):
         replay("r.json", "again")
     assert f"polytask merge {RECORD}" not in page(said)
+    assert "merged by `x` ([arXiv 1]" in page(said) and "- x, steps: 3" in page(said)
 
 
 # Adapters
+
+
+def test_weights_that_data_gave_are_enough_to_make_an_adapter_again(encoder, tmp_path, monkeypatch):
+    from test_merge_pool import tasks, two
+
+    monkeypatch.chdir(tmp_path)
+    encoder.module.save_pretrained("base")
+    encoder.processor.save_pretrained("base")
+    for adapter, name in zip(two(encoder), "ab", strict=True):
+        adapter.save(name)
+    base, looking = pt.Model.load("base"), {"data": tasks(), "steps": 2, "lr": 0.1}
+    pt.merge(["a", "b"], "adamerging", "base", out="out", **looking)
+    text = (tmp_path / "out" / PAGE).read_text()
+    assert "`adamerging` ([arXiv 2310.02575]" in text and "- adamerging, steps: 2" in text and "for each tensor" in text
+    replay("out/polytask.json", "again")
+    first, second = (tmp_path / folder / "adapter_model.safetensors" for folder in ("out", "again"))
+    assert pt.Adapter.load("out").hash == pt.Adapter.load("again").hash
+    assert len(first.read_bytes()) == len(second.read_bytes())
+    pt.merge(["a", "b"], "regmean", base, data=tasks(), out="gram")
+    with pytest.raises(MergeError, match="looked at data and used more of it than weights"):
+        replay("gram/polytask.json", "never")
 
 
 MIXED = {

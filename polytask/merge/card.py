@@ -215,18 +215,37 @@ def adapter_notes(said: Mapping[str, Any], hashes: Sequence[str]) -> list[str]:
     return [*lines, "", *_again(ADAPTER_CARD, said)]
 
 
+def repeatable(said: Mapping[str, Any]) -> bool:
+    """Whether a record holds all that a merge needs: one that looked at data does where it found weights of adapters alone."""
+    fit = said.get("fit")
+    return fit is None or ("adapters" in said and not rules[said["method"]].companion and not fit.get("heads"))
+
+
 def _cited(said: Mapping[str, Any]) -> str:
-    paper = str(said["paper"])
+    fit = said.get("fit", {}).get("method")
+    if fit:
+        return f"{_named(fit['name'], fit['paper'])}, whose result is one of {_named(said['method'], said['paper'])}"
+    return _named(said["method"], said["paper"])
+
+
+def _named(name: str, paper: str) -> str:
+    paper = str(paper)
     links = [f"[arXiv {n}](https://arxiv.org/abs/{n})" for n in paper.removeprefix("arXiv ").split(", ")]
     where = ", ".join(links) if paper.startswith("arXiv ") else paper
-    return f"`{said['method']}`" + (f" ({where})" if where else "")
+    return f"`{name}`" + (f" ({where})" if where else "")
 
 
 def _settings(said: Mapping[str, Any]) -> list[str]:
     """The settings, also those that nobody gave."""
     every = {**rules[said["method"]]().settings(), **said["settings"]}
     lines = [f"- {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in every.items()]
-    lines += [f"- weights: {json.dumps(said['weights'])}"] if said["weights"] is not None else []
+    if said["weights"] is not None:
+        each = any(isinstance(weight, Mapping) for weight in said["weights"])
+        lines += [
+            "- weights: one for each tensor, in the record" if each else f"- weights: {json.dumps(said['weights'])}"
+        ]
+    fit = said.get("fit", {}).get("method", {})
+    lines += [f"- {fit['name']}, {k}: {json.dumps(v)}" for k, v in fit.items() if k not in ("name", "paper")]
     lines += [f"- {name} of each: {json.dumps(values)}" for name, values in said["each"].items()]
     return [*lines, f"- seed: {said['seed']}"]
 
@@ -241,7 +260,7 @@ def _cell(text: str) -> str:
 
 def _again(file: str, said: Mapping[str, Any]) -> list[str]:
     """How it is made again."""
-    if "fit" in said:
+    if not repeatable(said):
         return ["It was made by looking at data, which is no part of this card: make it again with that data.", ""]
     if any(entry["path"] is None for entry in said.get("parents") or [{"path": None}]):
         return ["Parents were in memory when this was made, so no command makes it again.", ""]

@@ -11,6 +11,7 @@ from polytask.core.errors import ConfigError, listing
 from polytask.core.files import write, writing
 
 from .adapters import merge_adapters
+from .card import cite
 from .engine import Job
 from .fit import Plan, fits, fitted
 from .given import adapter_of, packed_in, source_of
@@ -82,7 +83,11 @@ def planned(
         for part in merged.parts.values():
             part.to(dtype=out.dtype)
         merged.heads |= plan.heads
+        if plan.heads:
+            merged.card.training["merge"]["fit"]["heads"] = sorted(plan.heads)
         merged.trainable(False)
+        first, *others = given
+        cite(merged, (*others, first), (*adapters, root), out.dtype)
         return merged if out.folder is None else _beside(merged.save(Path(out.folder).expanduser()), plan.files)
     if as_ is not None or rank is not None:
         raise ConfigError("as_ and rank are for adapters; the inputs are models, or adapters and models")

@@ -9,7 +9,7 @@ from typing import Any
 
 from polytask.core.errors import MergeError, listing
 
-from .card import Digests, files_of
+from .card import Digests, files_of, repeatable
 from .given import source_of
 from .mergekit import merge_file
 from .readapt import readapt
@@ -84,9 +84,10 @@ def read(file: str | Path) -> dict[str, Any]:
         raise MergeError(
             f"{file} is no record of a merge; give polytask_merge.json of a merged model, or polytask.json of a merged adapter"
         )
-    if "fit" in said:
+    if not repeatable(said):
         raise MergeError(
-            f"{file} is of a merge that looked at data, which it does not hold; merge again with that data"
+            f"{file} is of a merge that looked at data and used more of it than weights, which it does not hold; merge again "
+            "with that data"
         )
     if not said.get("parents"):
         raise MergeError(
