@@ -14,6 +14,7 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MemoryLimitError
 from polytask.core.head import Head
 from polytask.core.metrics import Score
+from polytask.core.mix import MixLike
 from polytask.core.model import Model
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
@@ -190,7 +191,7 @@ def compare_merges(
             say(f"no adapter was learned on {task.name}, so it is left out")
     used = [task for task in chosen if task.name in own or not adapters]
 
-    def score(model: Model, task: Task, mix: str | None, head: Head | None, on: str) -> Score:
+    def score(model: Model, task: Task, mix: MixLike, head: Head | None, on: str) -> Score:
         draws = resamples if on == split else 0  # what is not shown needs no interval
         return evaluate(model, task, mix, head=head, split=on, batch_size=batch_size, resamples=draws, seed=seed)
 

@@ -345,3 +345,21 @@ def test_what_it_refuses(encoder, made, clip, tmp_path):
     assert len(encoder.attached) == 3
     with pytest.raises(AdapterError, match="was made for the base"):
         Twin.load(folder, clip)
+
+
+def test_a_twin_is_scored_beside_other_merges(encoder, tmp_path):
+    from test_merge_pool import tasks, two
+
+    made = two(encoder)
+    for adapter, name in zip(made, "ab", strict=True):
+        adapter.name = name
+    table = pt.compare_merges(
+        encoder, made, tasks(), methods=["linear", {"name": "twin", "epochs": 1}], out=tmp_path / "out", resamples=0
+    )
+    row = next(row for row in table.rows if row["rule"] == "twin")
+    assert not row["note"] and set(row["scores"]) == {"colours", "inverse"} and row["bytes"] > 0
+    twin = pt.merge(made, "twin", encoder, data=tasks(), epochs=1)
+    mix = twin.attach(encoder)
+    expected = {t.name: pt.evaluate(encoder, t, mix, head=twin.heads[t.name], resamples=0).value for t in tasks()}
+    assert row["scores"] == pytest.approx(expected)
+    assert table.merged is not None and encoder.attached == tuple(f"twin/{n}" for n in ("shared", "a", "b"))

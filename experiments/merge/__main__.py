@@ -96,7 +96,7 @@ class Bench:
     def merged(self, entry: dict[str, Any], settings: dict[str, Any], split: str) -> dict[str, Any]:
         """The scores of one merged model, and what it cost to make."""
         import polytask as pt
-        from polytask.merge.twin import Twin
+        from polytask.merge.fit import Parts
 
         method = entry["method"]
         looking = {"base": self.model, "data": self.tasks, "split": entry["data"]} if entry.get("data") else {}
@@ -106,11 +106,11 @@ class Bench:
         began, busy = time.perf_counter(), time.process_time()
         made = pt.merge(self.adapters, method, as_=as_, seed=self.seed, **looking, **settings)
         seconds, busy = time.perf_counter() - began, time.process_time() - busy
-        mix = made.attach(self.model) if isinstance(made, Twin) else self.model.attach(made, "merged")
+        mix = made.attach(self.model) if isinstance(made, Parts) else self.model.attach(made, "merged")
         heads = {task: head for adapter in self.adapters for task, head in adapter.heads.items()}
         found = self.scores({task.name: mix for task in self.tasks}, split, heads)
         self.model.detach()
-        size = sum(a.size for a in (made.shared, *made.exclusive.values())) if isinstance(made, Twin) else made.size
+        size = sum(p.numel() for p in made.parameters())
         return {"scores": found, "seconds": seconds, "cpu": busy, "parameters": size, "settings": settings}
 
 

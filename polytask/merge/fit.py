@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MergeError, nearest
 from polytask.core.head import Head
+from polytask.core.mix import Mix
 from polytask.core.model import Model
 from polytask.core.registry import Registry
 from polytask.core.task import Task, read_tasks
@@ -113,6 +114,27 @@ class Fit:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
             raise ConfigError(f"{self.name}: {name} must be at least {least}, got {value!r}")
+
+
+@runtime_checkable
+class Parts(Protocol):
+    """Several parts that act together through a mix: what a method gives that makes no single model."""
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """By task."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of all parts."""
+
+    def attach(self, model: Model) -> Mix:
+        """Attaches the parts to a base, and gives the mix by which they act."""
+
+    def detach(self, model: Model) -> None:
+        """Takes them away again."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes them."""
 
 
 fits = Registry("merge method that looks at data", "polytask.merge.fits")

@@ -24,10 +24,11 @@ from polytask.core.files import write, writing
 from polytask.core.head import Head
 from polytask.core.measure import peak_memory
 from polytask.core.metrics import Score
+from polytask.core.mix import Mix
 from polytask.core.model import Model
 from polytask.core.task import Task
 
-from .fit import fits
+from .fit import Parts, fits
 from .given import source_of
 from .look import Look, independent, look, look_adapters
 from .rule import rules
@@ -35,7 +36,7 @@ from .run import merge
 from .trials import Trial
 
 OWN, BASE = "own model", "base"
-Scorer = Callable[[Model, Task, str | None, Head | None, str], Score]  # model, task, mix, head, split
+Scorer = Callable[[Model, Task, str | Mix | None, Head | None, str], Score]  # model, task, mix, head, split
 
 
 # What came out
@@ -199,7 +200,7 @@ class Contest:
                 errors.append(error)
                 table.rows.append(self._row(trial.name, {}, facts, note=str(error)))
                 continue
-            model, adapter = (bare, made) if isinstance(made, Adapter) else (self._loaded(made), None)
+            model, adapter = (bare, made) if isinstance(made, Adapter | Parts) else (self._loaded(made), None)
             assert model is not None
             scored = {split: self._scored(model, adapter, split) for split in splits}
             facts |= {"seconds": round(seconds, 3), "peak_mb": peak.mb, "bytes": _bytes(adapter or model)}
@@ -224,7 +225,7 @@ class Contest:
             memory = any(isinstance(item, Model) for item in (self.base, *self.inputs.values()))
             out = None if memory else self.folder / "now"
             made = merge(given, trial.rule, first, out=out, **options, **trial.settings)
-        if not isinstance(made, Adapter | Model | Path):
+        if not isinstance(made, Adapter | Model | Path | Parts):
             raise MergeError(
                 f"{trial.rule} gives no single adapter or model ({type(made).__name__}), so it is not scored"
             )
@@ -259,7 +260,7 @@ class Contest:
         return found
 
     def _scored(
-        self, model: Model, adapter: Adapter | None, split: str, tasks: Sequence[Task] | None = None
+        self, model: Model, adapter: Adapter | Parts | None, split: str, tasks: Sequence[Task] | None = None
     ) -> dict[str, Score]:
         """Scores by task of a model, bare or with an adapter, which reads each task by the head learned for it."""
         with _present(model, adapter) as mix:
@@ -267,7 +268,7 @@ class Contest:
             chosen = self.tasks if tasks is None else tasks
             return {task.name: self.score(model, task, mix, heads.get(task.name), split) for task in chosen}
 
-    def _able(self, model: Model, adapter: Adapter | None) -> float | None:
+    def _able(self, model: Model, adapter: Adapter | Parts | None) -> float | None:
         if self.general is None:
             return None
         with _present(model, adapter) as mix:
@@ -327,12 +328,12 @@ class Contest:
             shutil.rmtree(self.folder / "best", ignore_errors=True)
             made.rename(self.folder / "best")
 
-    def place(self, made: Adapter | Model, folder: Path) -> None:
+    def place(self, made: Adapter | Parts | Model, folder: Path) -> None:
         """Puts the best into a folder: an adapter's files, or a checkpoint's."""
         best = self.folder / "best"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(made, Adapter):
+            if isinstance(made, Adapter | Parts):
                 made.save(folder)
             elif best.is_dir():
                 for file in best.iterdir():
@@ -370,10 +371,16 @@ def _between(rule: str) -> bool:
 
 
 @contextmanager
-def _present(model: Model, adapter: Adapter | None) -> Iterator[str | None]:
-    """The name of an adapter while it is attached; None for the bare model."""
+def _present(model: Model, adapter: Adapter | Parts | None) -> Iterator[str | Mix | None]:
+    """The name of an adapter while it is attached, or the mix of several parts; None for the bare model."""
     if adapter is None:
         yield None
+        return
+    if not isinstance(adapter, Adapter):
+        try:
+            yield adapter.attach(model)
+        finally:
+            adapter.detach(model)
         return
     name = model.attach(adapter, f"merge/{adapter.name}")
     try:
@@ -382,7 +389,7 @@ def _present(model: Model, adapter: Adapter | None) -> Iterator[str | None]:
         model.detach(name)
 
 
-def _bytes(item: Adapter | Model) -> int:
+def _bytes(item: Adapter | Parts | Model) -> int:
     """What its tensors take."""
-    parameters = item.parameters() if isinstance(item, Adapter) else item.module.parameters()
+    parameters = item.module.parameters() if isinstance(item, Model) else item.parameters()
     return sum(p.numel() * p.element_size() for p in parameters)

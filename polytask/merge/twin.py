@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from polytask.core.attach import Slot, calling
 from polytask.core.errors import AdapterError, MergeError, MixError, listing
 from polytask.core.files import write, writing
 from polytask.core.form import NO_CALL, Call, Weights
+from polytask.core.head import Head
 from polytask.core.mix import Fixed, Mix
 from polytask.core.model import Model, pool
 from polytask.core.site import Site
@@ -175,6 +176,17 @@ class Twin:
     exclusive: dict[str, Adapter]
     router: Router
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """Of all tasks."""
+        return {task: head for adapter in self.exclusive.values() for task, head in adapter.heads.items()}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of all parts and the router."""
+        for part in (self.shared, *self.exclusive.values()):
+            yield from part.parameters()
+        yield from self.router.parameters()
 
     def attach(self, model: Model, prefix: str = "twin/") -> Routed:
         """Attaches all parts to a base, for ``model.using(mix)`` and `polytask.evaluate`.
