@@ -96,15 +96,18 @@ class Bench:
     def merged(self, entry: dict[str, Any], settings: dict[str, Any], split: str) -> dict[str, Any]:
         """The scores of one merged model, and what it cost to make."""
         import polytask as pt
-        from polytask.merge.fit import Parts
+        from polytask.merge.fit import Parts, fits
 
         method = entry["method"]
-        looking = {"base": self.model, "data": self.tasks, "split": entry["data"]} if entry.get("data") else {}
+        looking: dict[str, Any] = (
+            {"base": self.model, "data": self.tasks, "split": entry["data"]} if entry.get("data") else {}
+        )
         if looking:
             looking["longest"] = self.config["learn"]["longest"]
-        as_ = "lora" if self.kind == "lora" and method in ("linear", "task_arithmetic") else "full"
+        if method not in fits or fits[method].gives == "model":
+            looking["as_"] = "lora" if self.kind == "lora" and method in ("linear", "task_arithmetic") else "full"
         began, busy = time.perf_counter(), time.process_time()
-        made = pt.merge(self.adapters, method, as_=as_, seed=self.seed, **looking, **settings)
+        made = pt.merge(self.adapters, method, seed=self.seed, **looking, **settings)
         seconds, busy = time.perf_counter() - began, time.process_time() - busy
         mix = made.attach(self.model) if isinstance(made, Parts) else self.model.attach(made, "merged")
         heads = {task: head for adapter in self.adapters for task, head in adapter.heads.items()}
