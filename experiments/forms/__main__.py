@@ -130,7 +130,7 @@ def one(config: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
     tasks = tasks_of(config, seed)
     chosen = sized(name, model, config["budget"], config)
     if chosen is None:
-        return {"absent": f"acts at no site of {Path(config["base"]).name}"}
+        return {"absent": f"acts at no site of {Path(config['base']).name}"}
     form, size = chosen
     if "tasks" in {f.name for f in dataclasses.fields(form)}:
         form = dataclasses.replace(form, tasks=tuple(task.name for task in tasks))
