@@ -11,6 +11,8 @@ import torch
 from conftest import colours, same_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_merge_adapters import shaken
+from zoo import output, tiny
 
 import polytask as pt
 from polytask.core.errors import ConfigError, DataError, MergeError, ModelError
@@ -56,6 +58,26 @@ class TestPool:
                 encoder.detach(name)
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
                 assert not torch.allclose(ours, encoder.features(texts(encoder)), atol=1e-4)
+
+    def test_layers_that_are_stored_turned(self):
+        module, batch = tiny("gpt2")
+        model = pt.Model(module)
+        made = [shaken(model, pt.LoRA(rank=3), "linear", seed) for seed in (1, 2)]
+        with Pool(model, made, []) as pool, pool.acting(pool.compose(torch.tensor([0.5, 2.0]))), torch.no_grad():
+            ours = output(module(**batch))
+        names = [model.attach(adapter) for adapter in made]
+        with model.using(dict(zip(names, (0.5, 2.0), strict=True))), torch.no_grad():
+            torch.testing.assert_close(ours, output(module(**batch)), rtol=1e-4, atol=1e-5)
+
+    def test_what_acts_on_the_base_does_not_act_in_the_pool(self, encoder):
+        made = two(encoder)
+        with Pool(encoder, made, tasks()) as pool, pool.acting(pool.alone(0)), torch.no_grad():
+            wanted = encoder.features(texts(encoder))
+        encoder.use(encoder.attach(made[1], "other"))
+        with Pool(encoder, made, tasks()) as pool, pool.acting(pool.alone(0)), torch.no_grad():
+            assert torch.equal(encoder.features(texts(encoder)), wanted)
+        with torch.no_grad():
+            assert not torch.allclose(encoder.features(texts(encoder)), wanted, atol=1e-4)
 
     def test_composing_is_the_sum_of_the_changes(self, encoder):
         made = two(encoder, ("lora", "full"))

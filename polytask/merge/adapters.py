@@ -15,8 +15,7 @@ from polytask.core.adapter import Adapter, Card
 from polytask.core.errors import ConfigError, MergeError, listing
 from polytask.core.form import Form, Patch
 from polytask.core.site import Site
-from polytask.forms.factored import FactoredPatch
-from polytask.forms.full import DensePatch, Full
+from polytask.forms.full import Full
 from polytask.forms.lora import LoRA, LoRAPatch
 from polytask.forms.sparse import LTSFT, SparsePatch
 
@@ -25,6 +24,7 @@ from .engine import Job, surveyed
 from .factors import difference, ranks_of, reduced, split
 from .heads import heads_of, mean_heads, starts_of
 from .names import Named, renamed
+from .patches import dense_patch, factors_of, general_form, lora_patch
 from .rule import rules
 from .source import Adapted, Source
 from .together import Stand, Together, bare, check_independent, tensor_of, together
@@ -46,7 +46,7 @@ class Changes(Source):
         self.name, self._shapes = self.within.name, shapes
         self.place = {
             tensor_of(adapter.patches[site].site, parameter): tensor
-            for tensor, (site, parameter) in self.within._sites.items()
+            for tensor, (site, parameter) in self.within.sites.items()
         }
 
     @property
@@ -125,7 +125,7 @@ def merge_adapters(
     card.training["merge"] |= {"fit": dict(about)} if about else {}
     if starts := starts_of(everything):
         card.training["head_starts"] = starts
-    general = _general(list(made.values()))
+    general = general_form(list(made.values()))
     same = {a.short_targets for a in everything}
     targets = next(iter(same)) if len(same) == 1 and len(made) == len(adapters[0].patches) else ()
     return Adapter(general, made, heads, card, name or method, targets).trainable(False)
@@ -176,7 +176,7 @@ def _merged(
             if error is not None:
                 errors[name] = error
         else:
-            patch = _dense(full, site, {p: _whole(job, tensor_of(site, p), facts) for p in union.parameters[name]})
+            patch = dense_patch(full, site, {p: _whole(job, tensor_of(site, p), facts) for p in union.parameters[name]})
         if patch is not None:
             made[name] = patch
     return made, errors
@@ -225,30 +225,14 @@ def _lora(
         a, b = ranks_of(site)
         pair = torch.cat([A for A, _ in weighed], a), torch.cat([B for _, B in weighed], b)
         if rank is None or pair[0].shape[a] <= rank:
-            return _patch(site, *pair), None
+            return lora_patch(site, *pair), None
         A, B, error = reduced(site, *pair, rank)
-        return _patch(site, A, B), error
+        return lora_patch(site, A, B), error
     merged = _whole(job, tensor, facts)
     if not bool(merged.any()):
         return None, None
     A, B, error = split(site, merged, rank or total or min(site.d_in, site.d_out))
-    return _patch(site, A, B), error
-
-
-def _patch(site: Site, A: Tensor, B: Tensor) -> LoRAPatch:
-    rank = A.shape[ranks_of(site)[0]]
-    patch = LoRAPatch(LoRA(rank=rank, alpha=float(rank)), site)
-    patch.load({"A": A.float().contiguous(), "B": B.float().contiguous()})
-    return patch
-
-
-def factors_of(patch: Patch) -> tuple[Tensor, Tensor] | None:
-    """A and s B in fp32, of a patch that is a LoRA; None else."""
-    if isinstance(patch, FactoredPatch) and type(patch).delta is FactoredPatch.delta:
-        patch = patch.plain()
-    if not isinstance(patch, LoRAPatch) or type(patch).delta is not LoRAPatch.delta:
-        return None
-    return patch.A.detach().float().cpu(), patch.B.detach().float().cpu() * patch.form.scale
+    return lora_patch(site, A, B), error
 
 
 def _dense_form(union: Together, form: As) -> Form:
@@ -257,37 +241,6 @@ def _dense_form(union: Together, form: As) -> Form:
     if form == "sparse":
         return LTSFT(parameters=parameters)
     return Full(parameters=parameters if parameters in ("weight", "bias") else "all")
-
-
-def _dense(form: Form, site: Site, merged: Mapping[str, Tensor]) -> Patch | None:
-    form.require(site)
-    patch = form.patch(site)
-    assert isinstance(patch, DensePatch)
-    values = {n: merged[n].float() if n in merged else torch.zeros(shape) for n, shape in patch.shapes.items()}
-    if not isinstance(patch, SparsePatch):
-        patch.load({"value" if site.param else n: v.contiguous().clone() for n, v in values.items()})
-        return patch
-    flat = torch.cat([value.flatten() for value in values.values()])
-    at = flat.nonzero().flatten()
-    if not len(at):
-        return None
-    patch.load({"at": at.to(patch.whole), "values": flat[at]})
-    return patch
-
-
-def _general(patches: Sequence[Patch]) -> Form:
-    """The form that describes most: the LoRA of the largest rank; the sparse one with its density."""
-    form = patches[0].form
-    if isinstance(form, LoRA):
-        return max((p.form for p in patches if isinstance(p.form, LoRA)), key=lambda f: f.rank)
-    if isinstance(form, LTSFT):
-        sparse = [p for p in patches if isinstance(p, SparsePatch)]
-        moved = sum(patch.get_parameter("at").numel() for patch in sparse)
-        form = LTSFT(parameters=form.parameters, density=moved / sum(patch.total for patch in sparse))
-        for patch in sparse:
-            patch.form = form
-    general: Form = form
-    return general
 
 
 def _form_of(adapters: Sequence[Adapter], rank: int | None) -> As:

@@ -20,11 +20,12 @@ from polytask.core.form import Patch
 from polytask.core.head import Head
 from polytask.core.model import Model
 from polytask.core.site import Site
-from polytask.forms.full import DensePatch, Full
-from polytask.forms.lora import LoRA, LoRAPatch
+from polytask.forms.full import Full
+from polytask.forms.lora import LoRA
 from polytask.forms.union import Union
 
 from .card import versions
+from .patches import dense_patch, lora_patch
 from .pool import Change, Pool
 
 PLACES = ("linear", "conv", "embedding", "norm", "experts", "parameter")  # sites whose parameters are somebody's change
@@ -108,20 +109,15 @@ def patch_at(place: Place, factors: Factors | None, dense: Mapping[str, Tensor])
     site = place.site
     if factors is None:
         form = Full(parameters="all" if site.param or len(dense) > 1 else next(iter(dense)))  # type: ignore[arg-type]
-        patch = form.patch(site)
-        assert isinstance(patch, DensePatch)
-        patch.load({"value" if site.param else n: dense[n].float().contiguous().clone() for n in patch.shapes})
+        patch = dense_patch(form, site, dense)
+        assert patch is not None
         return patch
-    A, B = (f.detach().float().cpu().contiguous().clone() for f in factors)
-    rank = len(A)
-    lora = LoRA(rank=rank, alpha=float(rank))
+    lora = lora_patch(site, *factors)
     if not dense:
-        patch = LoRAPatch(lora, site)
-        patch.load({"A": A, "B": B})
-        return patch
-    patch = Union(lora, Full(parameters="bias"), sites=("all", "all")).patch(site)
-    patch.load({"p0_A": A, "p0_B": B, "p1_bias": dense["bias"].float().contiguous().clone()})
-    return patch
+        return lora
+    both = Union(lora.form, Full(parameters="bias"), sites=("all", "all")).patch(site)
+    both.load({"p0_A": lora.A, "p0_B": lora.B, "p1_bias": dense["bias"].float().contiguous().clone()})
+    return both
 
 
 def adapter_of(

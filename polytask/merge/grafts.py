@@ -20,8 +20,8 @@ from polytask.core.model import Model
 from polytask.forms.importance import largest
 from polytask.forms.sparse import LTSFT, SparsePatch
 
-from .adapters import _dense, _general
 from .card import versions
+from .patches import dense_patch, general_form
 from .pool import Pool
 
 FILE, OVERLAP = "graft.json", "overlap.csv"
@@ -191,7 +191,7 @@ def sparse(
         own = {p: first.get(id(module._parameters.get(p)), "") for p in empty.shapes}
         chosen = {p: key for p, key in own.items() if key in masks}
         merged = {p: torch.where(masks[key], changes[key], 0.0).cpu() for p, key in chosen.items()}
-        patch = _dense(form, site, merged) if merged else None
+        patch = dense_patch(form, site, merged) if merged else None
         if patch is not None:
             patches[site.name] = patch
         left -= set(chosen.values())
@@ -206,4 +206,4 @@ def sparse(
         "kind": model.kind,
     }  # fmt: skip
     card.versions = versions()
-    return Adapter(_general(list(patches.values())), patches, heads, card, name).trainable(False)
+    return Adapter(general_form(list(patches.values())), patches, heads, card, name).trainable(False)

@@ -344,8 +344,8 @@ class Contest:
                     made.processor.save_pretrained(folder)
 
 
-def merged_adapter(trial: Trial, adapters: Sequence[Adapter], base: Any, **options: Any) -> Adapter:
-    """One adapter from several, as a trial says.
+def merged_adapter(trial: Trial, adapters: Sequence[Adapter], base: Any, **options: Any) -> Adapter | Parts:
+    """One adapter from several, or the parts that act for it, as a trial says.
 
     The first is one end of the way where a rule goes from one model to another; what looks at data runs the base. Forms whose
     changes depend on the base's weights (DoRA) become dense changes where ``as_`` says nothing else.
@@ -361,7 +361,7 @@ def merged_adapter(trial: Trial, adapters: Sequence[Adapter], base: Any, **optio
             first = None
         else:
             options = {**options, "as_": options.get("as_") or "full"}
-    made: Adapter = merge(rest, trial.rule, first, **options, **trial.settings)
+    made: Adapter | Parts = merge(rest, trial.rule, first, **options, **trial.settings)
     return made
 
 

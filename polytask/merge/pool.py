@@ -23,8 +23,8 @@ from polytask.core.predict import predict
 from polytask.core.rows import Row
 from polytask.core.task import Example, Task
 
-from .adapters import factors_of
 from .heads import heads_of
+from .patches import factors_of
 from .source import Adapted, Module, Source, compare_sources
 
 
@@ -152,6 +152,7 @@ class Pool:
         names: of the models.
         readers: one for each task.
         fresh: the tasks with such heads.
+        holders: of each parameter by name, the modules that hold it and what they call it.
         changes: by the names of the network's parameters, those that any model changes.
 
     Raises:
@@ -179,12 +180,12 @@ class Pool:
         self.heads = heads_of([item for item in inputs if isinstance(item, Adapter)])
         self.readers = [Reader(model, task, self._head(task), split, longest, seed) for task in tasks]
         first = {id(p): name for name, p in model.module.named_parameters()}
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.holders: dict[str, list[tuple[nn.Module, str]]] = {}
         for module in model.module.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._places.setdefault(first[id(parameter)], []).append((module, name))
-        self.changes = {name: change for name in self._places if (change := self._change(name)) is not None}
+                    self.holders.setdefault(first[id(parameter)], []).append((module, name))
+        self.changes = {name: change for name in self.holders if (change := self._change(name)) is not None}
         if not self.changes:
             raise MergeError(f"none of {listing(self.names)} changes anything; give other models")
         self._kept: list[tuple[Any, bool]] = []
@@ -229,10 +230,10 @@ class Pool:
     @contextmanager
     def acting(self, tensors: Mapping[str, Tensor]) -> Iterator[Model]:
         """The base with other tensors in place of its own, by name; gradients reach them."""
-        kept = [(module, name, module._parameters[name]) for key in tensors for module, name in self._places[key]]
+        kept = [(module, name, module._parameters[name]) for key in tensors for module, name in self.holders[key]]
         try:
             for key, tensor in tensors.items():
-                for module, name in self._places[key]:
+                for module, name in self.holders[key]:
                     module._parameters[name] = tensor  # type: ignore[assignment]
             with self.model.using(None):
                 yield self.model
@@ -305,9 +306,9 @@ class Pool:
 
 def _factors(source: Source, name: str) -> tuple[Tensor, Tensor, bool] | None:
     """A, s B and whether the tensor is stored turned, of an adapter's LoRA at a linear layer; None of anything else."""
-    if not isinstance(source, Adapted) or name not in source._sites:
+    if not isinstance(source, Adapted) or name not in source.sites:
         return None
-    site, parameter = source._sites[name]
+    site, parameter = source.sites[name]
     patch = source.adapter.patches[site]
     if patch.site.kind != "linear" or parameter != (patch.site.param or "weight"):
         return None

@@ -275,7 +275,7 @@ class Adapted(Source):
         self.base, self.adapter, self.alone = base, adapter, alone
         self.name = name or adapter.name or "adapter"
         self.folder, self.tied = base.folder, base.tied
-        self._sites: dict[str, tuple[str, str]] = {}  # tensor -> (site, parameter)
+        self.sites: dict[str, tuple[str, str]] = {}  # tensor -> (site, parameter)
         self._kept: tuple[str, dict[str, Tensor]] = ("", {})
         if not adapter.form.mergeable:
             raise MergeError(
@@ -289,13 +289,13 @@ class Adapted(Source):
                 tensor = f"{prefix}{patch.site.path}.{parameter}".lstrip(".")
                 tensor = base.tied.get(tensor, tensor)
                 if tensor in base.shapes:
-                    self._sites[tensor] = (site, parameter)
+                    self.sites[tensor] = (site, parameter)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         if not self.alone:
             return self.base.shapes
-        return {name: shape for name, shape in self.base.shapes.items() if name in self._sites}
+        return {name: shape for name, shape in self.base.shapes.items() if name in self.sites}
 
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
@@ -311,9 +311,9 @@ class Adapted(Source):
 
     def change(self, name: str) -> Tensor | None:
         """What the adapter adds to a tensor of the base, in fp32; None where it adds nothing."""
-        if name not in self._sites:
+        if name not in self.sites:
             return None
-        site, parameter = self._sites[name]
+        site, parameter = self.sites[name]
         if self._kept[0] != site:  # a site's tensors are asked for one after the other, in blocks of rows
             self._kept = (site, self._changes(site))
         return self._kept[1].get(parameter)
@@ -321,7 +321,7 @@ class Adapted(Source):
     @torch.no_grad()
     def _changes(self, site: str) -> dict[str, Tensor]:
         patch = self.adapter.patches[site]
-        own = {p: t for t, (s, p) in self._sites.items() if s == site}
+        own = {p: t for t, (s, p) in self.sites.items() if s == site}
         held = Held({p: self.base.read(t).float() for p, t in own.items()})
         found = patch.bound(held, patch.site).deltas()
         if found is None:

@@ -12,7 +12,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MergeError
 from polytask.core.form import Patch
 
-from .adapters import factors_of, merge_adapters
+from .adapters import merge_adapters
+from .patches import factors_of
 from .together import together
 
 

@@ -107,7 +107,7 @@ def linear_layers(pool: Pool) -> dict[str, tuple[list[nn.Module], bool]]:
     }
     found = {}
     for name in pool.changes:
-        owners = pool._places[name]
+        owners = pool.holders[name]
         if all(module in sites and parameter == "weight" for module, parameter in owners):
             turned = {sites[module].transposed for module, _ in owners}
             if len(turned) == 1:
