@@ -24,6 +24,7 @@ _WHERE = {
     "Fixed": "core.mix",
     "PerRow": "core.mix",
     "Adapter": "core.adapter",
+    "Library": "core.library",
     "Card": "core.adapter",
     "Task": "core.task",
     "Example": "core.task",
@@ -31,6 +32,7 @@ _WHERE = {
     "Recipe": "core.recipe",
     "Stage": "core.recipe",
     "PolytaskError": "core.errors",
+    "LibraryError": "core.errors",
     "compare": "jobs",
     "compare_merges": "jobs",
     "search": "jobs",
@@ -40,10 +42,11 @@ _WHERE = {
     "genknowsub": "merge.subtract",
     "readapt": "merge.readapt",
     "MergeError": "core.errors",
+    "Routing": "core.routing",
 }
 
 
-_VERBS = ("learn", "evaluate", "merge")  # packages that can be called
+_VERBS = ("learn", "evaluate", "merge", "route")  # packages that can be called
 
 
 def __getattr__(name: str) -> Any:

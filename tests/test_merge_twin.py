@@ -318,7 +318,7 @@ def test_eight_parts_are_one_product(encoder, made):
     shared = encoder.attach(copy.deepcopy(made[0]), "shared")
 
     def products(parts):
-        mix = Routed(encoder, shared, parts, Router(32, len(parts)).eval())
+        mix = Routed(shared, parts, Router(32, len(parts)).eval())
         with torch.profiler.profile() as profile:
             features(encoder, mix)
         return sum(e.count for e in profile.key_averages() if e.key in ("aten::addmm", "aten::mm"))

@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 SLOTS = "_polytask_slots"  # module attribute: parameter name ("" for the module itself) -> Slot
 SLOT = "_polytask_slot"  # module attribute: the module's own Slot
 HUB = "_polytask_hub"  # root attribute
+INPUTS = (
+    "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "input_values",
+    "input_features",
+)  # fmt: skip
 NO_ROWS = ("position_ids", "cache_position")  # inputs whose first dimension need not be the batch
 
 
@@ -41,9 +45,12 @@ class Hub:
     """What the attached sites of one model share: which adapters are present, which mix acts, what the call knows."""
 
     def __init__(self) -> None:
+        self.root: nn.Module | None = None  # the whole model, while something is attached
         self.adapters: dict[str, Adapter] = {}
         self.slots: dict[str, Slot] = {}
         self.mix: Mix | None = None
+        self.entering: tuple[Adapter, ...] = ()  # active adapters whose forms look at the inputs of a whole forward
+        self.reading = False  # whether the base reads ahead for the mix
         self.call = Call()
         self.given = False  # whether the call was set from outside and is not to be guessed from the inputs
         self.generating = False
@@ -57,6 +64,8 @@ class Hub:
         for slot in self.slots.values():
             slot.forget()
         self.mix = mix
+        active = () if mix is None else tuple(self.adapters[name] for name in mix.names())
+        self.entering = tuple(adapter for adapter in active if adapter.form.enters)
         self.watch()
 
     def watch(self) -> None:
@@ -73,7 +82,7 @@ class Hub:
         Raises:
             MixError: the mix or the call has another number of rows than the batch.
         """
-        if self.mix is None:
+        if self.mix is None or self.reading:
             return
         if not self.given:
             mask = kwargs.get("attention_mask")
@@ -89,7 +98,27 @@ class Hub:
         need = getattr(self.mix, "rows", None)
         if isinstance(need, tuple) and self.call.rows is not None:
             self._fits(len(need), self.call.rows, "the mix has an entry for")
-        self.mix.begin(kwargs, self.call, self.generating)
+        self.mix.begin(self, kwargs, self.call)
+        for adapter in self.entering:
+            adapter.form.enter(adapter, self, kwargs, self.call)
+
+    def read(self, inputs: Mapping[str, Any], call: Call, mix: Mix | None = None) -> Any:
+        """What the backbone gives for a forward's inputs while ``mix`` acts, or nothing; of an encoder-decoder its encoder.
+
+        For mixes that look at the whole input before they act. No gradients are recorded, and caches are left alone.
+        """
+        if self.root is None:
+            raise MixError("a mix looks at the whole input, and nothing is attached; call model.attach first")
+        root: Any = self.root
+        crossed = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
+        backbone = root.get_encoder() if crossed else getattr(root, "base_model", root)
+        given = {k: v for k, v in inputs.items() if k in INPUTS and v is not None}
+        before, self.mix, self.reading = self.mix, mix, True
+        try:
+            with torch.no_grad(), calling(self, call):
+                return backbone(**given)
+        finally:
+            self.mix, self.reading = before, False
 
     def _fits(self, said: int, rows: int, what: str) -> int:
         """How many neighbouring rows of the batch each entry serves: one, or all beams of a row while generating."""
@@ -126,7 +155,7 @@ class Slot:
         self.module = module
         self.hub = hub
         self.patches: dict[str, Patch] = {}
-        self.names: tuple[str, ...] = ()
+        self._names: tuple[str, ...] | None = ()
         self.acted = False  # whether the module's last call added the mix; `_outer` asks
         self.acting = Counter(
             output=0, weight=0, around=0
@@ -148,8 +177,15 @@ class Slot:
         self._changed()
 
     def _changed(self) -> None:
-        self.names = tuple(self.patches)
+        self._names = None
         self.forget()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters here; the same object until they change."""
+        if self._names is None:  # made when it is asked for: attaching a thousand must not copy all names each time
+            self._names = tuple(self.patches)
+        return self._names
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -168,7 +204,8 @@ class Slot:
 
     def banks(self, names: tuple[str, ...]) -> list[Bank]:
         """The patches of ``names`` in banks, one for each form. Kept until other names are asked for."""
-        if self._banks is None or self._banks[0] != names:
+        # mostly the very same names; a thousand are not compared at each site
+        if self._banks is None or (self._banks[0] is not names and self._banks[0] != names):
             groups: dict[Any, dict[str, Patch]] = {}
             for name in names:
                 patch = self.patches[name]

@@ -18,6 +18,7 @@ from .registry import Registry
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .attach import Hub
     from .head import Seen
     from .model import Model
     from .site import Site
@@ -353,6 +354,11 @@ class Patch(Part):
         """The dense change of the site's weight, in the weight's own layout; None where it is not linear in x."""
         return None
 
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        """The change as thin factors, B [o, r] and A [r, i] with ``B A`` the change of a matrix [o, i] (kernels flattened into
+        i, in the layout that multiplies x from the left); None where it has none, or one for each expert."""
+        return None
+
     def deltas(self) -> dict[str, Tensor] | None:
         """The change of each parameter of the site's module by its name; None where there is no such change."""
         delta = self.delta()
@@ -411,6 +417,7 @@ class Form:
         wants: what this form's patches look at of a dual model's other side, any of ``"texts"``, ``"images"`` (a text is then
             encoded for each image) and ``"about"``; see `Other`.
         begin_rows: how many examples each batch of ``begin`` has; as many as a step's when None.
+        enters: whether `enter` is to be called.
         exceptions: checks of the forms' contract suite that do not hold for it, each with the reason.
     """
 
@@ -425,6 +432,7 @@ class Form:
     paper: ClassVar[str] = ""
     exceptions: ClassVar[Mapping[str, str]] = {}
     begin_rows: ClassVar[int | None] = None
+    enters: ClassVar[bool] = False
     template: ClassVar[str] = ""
     wants: ClassVar[tuple[str, ...]] = ()
 
@@ -451,6 +459,13 @@ class Form:
             adapter: what was started by ``Patch.start``.
             batches: each runs the forward of one batch of training examples and returns its mean loss.
         """
+
+    def told(self, tasks: Sequence[str]) -> Form:
+        """This form with the names of the tasks that are learned, where it has parts for each and nobody said them."""
+        return self
+
+    def enter(self, adapter: Adapter, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
+        """Called at the start of each forward of a whole model where an adapter of this form may act; see `Mix.begin`."""
 
     def penalty(self, adapter: Adapter) -> Tensor | None:
         """What is added to the loss of each step while an adapter of this form learns, a number; None for nothing."""

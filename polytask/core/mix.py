@@ -10,11 +10,23 @@ import torch
 from torch import Tensor
 
 from .errors import MixError, listing, nearest
-from .form import NO_CALL, Call, Weights
+from .form import NO_CALL, Bank, Call, Weights
 
 if TYPE_CHECKING:
-    from .attach import Slot
+    from .attach import Hub, Slot
     from .site import Site
+
+
+def act(
+    banks: Sequence[Bank], combines: str, weights: Weights, x: Tensor, y: Tensor, out: Tensor, call: Call
+) -> Tensor:
+    """``out`` plus what weighted patches contribute: outputs are added up, or parameters averaged first."""
+    # a bank may add in place where no gradients are recorded, and the next one still needs the base's own output
+    out = out if out is not y or len(banks) < 2 or torch.is_grad_enabled() else y.clone()
+    for bank in banks:
+        step = bank.apply if combines == "outputs" else bank.average
+        out = step(x, y, out, weights, call)
+    return out
 
 
 class Mix(ABC):
@@ -43,13 +55,13 @@ class Mix(ABC):
             call: what this forward knows.
         """
 
-    def begin(self, inputs: Mapping[str, Any], call: Call, generating: bool) -> None:  # noqa: B027
+    def begin(self, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:  # noqa: B027
         """Called at the start of each forward of the whole model, and of ``generate``, before any site acts.
 
         Args:
+            hub: what is attached; ``hub.generating`` says whether ``generate`` goes on with what it began.
             inputs: the forward's arguments by name.
             call: what this forward knows.
-            generating: whether ``generate`` goes on with what it began.
         """
 
     def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
@@ -59,13 +71,7 @@ class Mix(ABC):
     def combine(self, slot: Slot, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         """The site's output. A mix that looks at the contributions themselves overrides this."""
         weights = self.weigh(slot.site, slot.names, x, y, call)
-        banks = slot.banks(weights.names)
-        # a bank may add in place where no gradients are recorded, and the next one still needs the base's own output
-        out = y if len(banks) < 2 or torch.is_grad_enabled() else y.clone()
-        for bank in banks:
-            step = bank.apply if self.combines == "outputs" else bank.average
-            out = step(x, y, out, weights, call)
-        return out
+        return act(slot.banks(weights.names), self.combines, weights, x, y, y, call)
 
     def check(self, attached: Sequence[str]) -> None:
         """Raises `MixError` when the mix names an adapter that is not attached."""

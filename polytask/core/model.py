@@ -220,6 +220,7 @@ class Model:
             if self._hub.mix is not None and gone in self._hub.mix.names():
                 self._hub.set_mix(None)
         if not self._hub.adapters:
+            self._hub.root = None
             _attach.refresh(self.module, None)
 
     def rebind(self, name: str) -> None:
@@ -247,6 +248,7 @@ class Model:
                 raise ModelError(
                     "another Model has adapters attached to this module; use that one, or detach them first"
                 )
+            self._hub.root = self.module
             _attach.refresh(self.module, self._hub)
 
     def _refresh(self, module: nn.Module) -> None:

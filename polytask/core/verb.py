@@ -10,7 +10,9 @@ from typing import Any
 
 
 def verb(package: str, module: str, function: str) -> None:
-    """Makes a package callable: the call goes to ``package.module.function``, which is imported on first use.
+    """Makes a package callable: the call goes to ``module.function``, which is imported on first use.
+
+    The module is one of the package, or has a name with dots: a door that joins verbs.
 
     Both spellings stay right whatever was imported first: ``pt.learn(model, task)`` and ``from polytask.learn import plan``.
     """
@@ -21,7 +23,7 @@ def verb(package: str, module: str, function: str) -> None:
 
         @functools.cached_property
         def _function(self) -> Any:
-            return getattr(importlib.import_module(f"{package}.{module}"), function)
+            return getattr(importlib.import_module(module if "." in module else f"{package}.{module}"), function)
 
         @property
         def __wrapped__(self) -> Any:  # help() and inspect.signature show the function

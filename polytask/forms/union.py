@@ -124,7 +124,7 @@ class Union(Form):
         patches = {}
         for name, patch in adapter.patches.items():
             patches[name] = plain.patch(patch.site)
-            patches[name].load(_flat({i: done[i].patches[name] for i in _subs(patch)}))
+            patches[name].load(_flat({i: done[i].patches[name] for i in subs(patch)}))
         shared = plain.shared([patch.site for patch in patches.values()])
         if shared is not None:
             shared.load(_flat({i: part.shared for i, part in enumerate(done) if part.shared is not None}))
@@ -134,8 +134,8 @@ class Union(Form):
         """Part i of an adapter as an adapter; the parameters are the same objects."""
         from polytask.core.adapter import Adapter
 
-        patches = {name: _subs(patch)[i] for name, patch in adapter.patches.items() if i in _subs(patch)}
-        shared = None if adapter.shared is None else _subs(adapter.shared).get(i)
+        patches = {name: subs(patch)[i] for name, patch in adapter.patches.items() if i in subs(patch)}
+        shared = None if adapter.shared is None else subs(adapter.shared).get(i)
         return Adapter(self.forms[i], patches, name=adapter.name, shared=shared)
 
 
@@ -143,13 +143,13 @@ def _flat(parts: Mapping[int, Any]) -> dict[str, Tensor]:
     return {f"p{i}_{name}": p.detach() for i, part in parts.items() for name, p in part.named_parameters()}
 
 
-def _subs(part: Part) -> dict[int, Any]:
+def subs(part: Part) -> dict[int, Any]:
     """The parts of a joined one, by their place in the form."""
-    assert isinstance(part, _Joined)
+    assert isinstance(part, Joined)
     return part.subs
 
 
-class _Joined(Part):
+class Joined(Part):
     """Parts side by side: their parameters are its own too, as ``p0_A``."""
 
     subs: dict[int, Any]
@@ -182,7 +182,7 @@ class _Joined(Part):
                 part._parameters[name] = self._parameters[f"p{i}_{name}"]
 
 
-class UnionPart(_Joined):
+class UnionPart(Joined):
     """What the patches of each part share."""
 
     def __init__(self, form: Union, subs: Mapping[int, Part]) -> None:
@@ -205,7 +205,7 @@ class UnionBank(Bank):
         groups: dict[Any, dict[str, Patch]] = {}
         for name, patch in patches.items():
             seen: dict[Any, int] = {}
-            for sub in _subs(patch).values():
+            for sub in subs(patch).values():
                 kind = (type(sub), type(sub.form))
                 groups.setdefault((*kind, seen.setdefault(kind, 0)), {})[name] = sub
                 seen[kind] += 1
@@ -223,7 +223,7 @@ class UnionBank(Bank):
             bank.forget()
 
 
-class UnionPatch(_Joined, Patch):
+class UnionPatch(Joined, Patch):
     """The patches of the parts that act at a site."""
 
     bank = UnionBank
@@ -242,7 +242,7 @@ class UnionPatch(_Joined, Patch):
     def join(self, shared: Part | None) -> None:
         super().join(shared)
         for i, sub in self.subs.items():
-            sub.join(None if shared is None else _subs(shared).get(i))
+            sub.join(None if shared is None else subs(shared).get(i))
 
     def bound(self, base: nn.Module, site: Site) -> Self:
         view = super().bound(base, site)

@@ -16,20 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.attach import Slot, calling
-from polytask.core.errors import AdapterError, MergeError, MixError, listing
+from polytask.core.attach import INPUTS, Hub, Slot, calling
+from polytask.core.errors import AdapterError, MergeError, listing
 from polytask.core.files import write, writing
 from polytask.core.form import NO_CALL, Call, Weights
+from polytask.core.gate import by_row, goes_on
 from polytask.core.head import Head
-from polytask.core.mix import Fixed, Mix
+from polytask.core.mix import Fixed, Mix, Single
 from polytask.core.model import Model, pool
 from polytask.core.site import Site
 
 CARD, ROUTER, SHARED = "polytask_twin.json", "router.safetensors", "shared"
-INPUTS = (
-    "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "pixel_values", "input_values",
-    "input_features",
-)  # fmt: skip
 
 
 class Router(nn.Module):
@@ -81,7 +78,6 @@ class Routed(Mix):
     ``generate`` writes, the weights are those of the prompts.
 
     Args:
-        model: the base that all are attached to.
         shared: the name of the shared expert there.
         names: of the tasks' parts, in the order of the router's logits.
         router: what gives the weights.
@@ -90,54 +86,37 @@ class Routed(Mix):
         weights: of the last forward's rows, [B, T].
     """
 
-    def __init__(self, model: Model, shared: str, names: Sequence[str], router: Router) -> None:
-        self.model, self.shared, self._names, self.router = model, shared, tuple(names), router
+    def __init__(self, shared: str, names: Sequence[str], router: Router) -> None:
+        self.shared, self._names, self.router = shared, tuple(names), router
         self.weights: Tensor | None = None
-        self._reading = False
         self._nothing = True  # whether the shared expert acts alone
         self._places: dict[tuple[str, ...], list[int]] = {}
 
     def names(self) -> tuple[str, ...]:
         return (self.shared, *self._names)
 
-    def begin(self, inputs: Mapping[str, Any], call: Call, generating: bool) -> None:
-        if self._reading:
-            return
-        if self.weights is not None and (generating or _goes_on(inputs)):
+    def begin(self, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
+        if self.weights is not None and (hub.generating or goes_on(inputs)):
             rows = call.rows or len(self.weights)
             if rows % len(self.weights) == 0:  # all beams of a row are its own
                 self.weights = self.weights.repeat_interleave(rows // len(self.weights), 0)
                 return
-        self._reading = True
-        try:
-            found = vectors(self.model, inputs, call)
-        finally:
-            self._reading = False
-        self.weights = self.router.weights(found)
+        out = hub.read(inputs, call, Single(self.shared))
+        self.weights = self.router.weights(pool(out, inputs.get("attention_mask"), "mean"))
         self._nothing = not bool(self.weights.any())
 
-    @property
-    def _alone(self) -> bool:
-        return self._reading or self._nothing
-
     def fixed(self, site: Site, names: tuple[str, ...]) -> dict[str, float] | None:
-        if not self._alone and any(name in names for name in self._names):
+        if not self._nothing and any(name in names for name in self._names):
             return None
         return {self.shared: 1.0} if self.shared in names else {}
 
     def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
         here = tuple(name for name in self._names if name in names)
-        if self._alone or not here:
+        if self._nothing or not here or self.weights is None:
             return Weights((), ())
-        if not site.rows or x.dim() < 2 or self.weights is None:
-            raise MixError(
-                f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot serve different "
-                "tasks in each row; leave it out of the tasks' parts"
-            )
         if here not in self._places:
             self._places[here] = [self._names.index(name) for name in here]
-        weights = self.weights.to(y.device, y.dtype if y.is_floating_point() else None)
-        return Weights(here, weights[:, self._places[here]])
+        return by_row(site, here, self.weights[:, self._places[here]], x, y)
 
     def combine(self, slot: Slot, x: Tensor, y: Tensor, call: Call = NO_CALL) -> Tensor:
         weights = self.weigh(slot.site, slot.names, x, y, call)
@@ -153,12 +132,6 @@ class Routed(Mix):
 
     def __repr__(self) -> str:
         return f"Routed({self.shared!r} and {listing(self._names, 4)})"
-
-
-def _goes_on(inputs: Mapping[str, Any]) -> bool:
-    """Whether a forward continues texts that are in a cache."""
-    cache: Any = inputs.get("past_key_values")
-    return bool(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache is not None
 
 
 @dataclass
@@ -207,7 +180,7 @@ class Twin:
                 model.detach(name)
             raise
         self.router.to(model.device)
-        return Routed(model, done[0], done[1:], self.router)
+        return Routed(done[0], done[1:], self.router)
 
     def detach(self, model: Model, prefix: str = "twin/") -> None:
         """Takes the parts away again."""

@@ -1,0 +1,343 @@
+"""What chooses among adapters: a router's settings, and its gates at the sites.
+
+A router acts in two places. `polytask.core.routing.Routing` is a mix over adapters that are attached; the form ``mixture`` is one
+adapter that holds its experts and their router, and learns. The gates are the same.
+
+Shapes: B rows, T tokens, i = d_in, N adapters at a site, k chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, MixError
+from .form import Bank, Call, Part, Patch, Weights, per_row
+from .mix import act
+from .registry import Registry
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .attach import Hub
+    from .head import Seen
+    from .model import Model
+    from .site import Site
+    from .task import Task
+
+
+class Hosts(Protocol):
+    """Several patches at one site: a slot of a model, or the experts of a mixture."""
+
+    @property
+    def patches(self) -> Mapping[str, Patch]:
+        """By name."""
+
+    def banks(self, names: tuple[str, ...]) -> list[Bank]:
+        """Some of them in banks, one for each form."""
+
+
+def chosen(scores: Tensor, k: int = 0, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    """The softmax over the k best scores.
+
+    Args:
+        scores: [..., N].
+        k: how many; all where 0 or not below N.
+        temperature: the scores are divided by it.
+
+    Returns:
+        Weights [..., k] that sum to one and positions [..., k]; weights [..., N] and None where all are taken.
+    """
+    if 0 < k < scores.shape[-1]:
+        top, index = scores.topk(k, -1)
+        return (top / temperature).softmax(-1), index
+    return (scores / temperature).softmax(-1), None
+
+
+def by_row(site: Site, names: tuple[str, ...], values: Tensor, x: Tensor, y: Tensor) -> Weights:
+    """The weights [B, N] of the rows of the batch at a site. Raises `MixError` where the site does not see rows."""
+    if not site.rows or x.dim() < 2:
+        raise MixError(
+            f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot serve different "
+            "adapters in each row; leave it out of the adapters"
+        )
+    per_row(x, y, len(values), site.name)
+    return Weights(names, values.to(y.device, y.dtype if y.is_floating_point() else torch.float32))
+
+
+class Gate(Part):
+    """What says at one site how much each adapter acts there. Its parameters are trained, computed, or none.
+
+    Attributes:
+        router: the settings.
+        site: where.
+        names: the N adapters that have a patch there.
+        shared: what all gates of a mix have in common, where the router has such.
+        trace: is told each decision (gate, weights, call), where somebody looks.
+    """
+
+    router: Any
+    site: Site
+    shared: Any = None
+    trace: Callable[[Gate, Weights, Call], None] | None = None
+
+    def __init__(self, router: Router, site: Site, names: Sequence[str]) -> None:
+        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        self.router, self.site, self.names = router, site, tuple(names)
+
+    def join(self, shared: Part | None) -> None:
+        """Gives the gate what all gates share."""
+        self.__dict__["shared"] = shared  # past nn.Module.__setattr__: it is not the gate's own
+
+    def fill(self, signs: Sequence[Tensor]) -> None:
+        """Sets its values from the signatures of its adapters, in the order of `names`."""
+
+    def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
+        """The weights of some or all of `names` for an input.
+
+        Args:
+            x: the site's input, [..., i].
+            y: the base's own output there.
+            call: what this forward knows.
+        """
+        raise NotImplementedError
+
+    def fixed(self) -> dict[str, float] | None:
+        """The weights where they never depend on the input, else None."""
+        return None
+
+    def combine(self, here: Hosts, x: Tensor, y: Tensor, out: Tensor, call: Call) -> Tensor:
+        """``out`` plus what its adapters contribute; ``out`` is ``y`` itself where nothing else acts, and may be changed in
+        place where no gradients are recorded. A gate that looks at the contributions overrides this, and tells `note`."""
+        weights = self.weigh(x, y, call)
+        self.note(weights, call)
+        return act(here.banks(weights.names), self.router.combines, weights, x, y, out, call)
+
+    def note(self, weights: Weights, call: Call) -> None:
+        """Tells whoever looks what was decided."""
+        if self.trace is not None:
+            self.trace(self, weights, call)
+
+
+class TokenGate(Gate):
+    """A gate that scores the adapters for each token and takes the best: give `scores`, or parameters and that."""
+
+    def scores(self, x: Tensor, call: Call) -> Tensor:
+        """[..., i] to [..., N]."""
+        raise NotImplementedError
+
+    def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
+        values, index = chosen(self.scores(x, call), self.router.top_k, self.router.temperature)
+        return Weights(self.names, values.to(y.dtype), index)
+
+
+@dataclass(frozen=True)
+class Router:
+    """The settings of a way to weigh adapters. It is a frozen dataclass, registered with ``@routers.register("name")``.
+
+    Attributes:
+        name: what the field calls it (set by the decorator).
+        paper: the reference shown by ``polytask route list``.
+        combines: ``outputs`` or ``parameters``, as `polytask.core.mix.Mix`.
+        reads: what its weights depend on: nothing, the task or the whole input of a row, each token, or what the adapters
+            contribute themselves.
+        trains: what learns: nothing, its gates beside frozen adapters, or both.
+        kinds: the kinds of site where it can weigh adapters; any where empty.
+        signature: the kind of signature of an adapter that it needs; none where empty.
+        alike: whether experts that start fresh start as copies of one.
+        exceptions: checks of the contract suite that do not hold for it, each with the reason.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    combines: ClassVar[Literal["outputs", "parameters"]] = "outputs"
+    reads: ClassVar[Literal["nothing", "task", "row", "token", "contributions"]] = "nothing"
+    trains: ClassVar[Literal["nothing", "gates", "gates and adapters"]] = "nothing"
+    kinds: ClassVar[tuple[str, ...]] = ()
+    signature: ClassVar[str] = ""
+    alike: ClassVar[bool] = False
+    exceptions: ClassVar[Mapping[str, str]] = {}
+
+    def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
+        """An empty gate for the adapters that have a patch at ``site``."""
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> Part | None:
+        """What the gates share, empty as they are; None where each has all that it needs."""
+        return None
+
+    def begin(self, shared: Any, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
+        """Called at the start of each forward of the whole model, before any site acts.
+
+        Args:
+            shared: what `shared` made.
+            hub: what is attached; `Hub.read` runs the base beforehand.
+            inputs: the forward's arguments by name.
+            call: what this forward knows.
+        """
+
+    def refuses(self, site: Site, patches: Mapping[str, Patch]) -> str:
+        """Why it cannot weigh these patches at a site, or the empty string."""
+        if self.kinds and site.kind not in self.kinds:
+            return f"the router {self.name!r} weighs each token, which sites of kind {site.kind!r} do not see"
+        if self.combines == "parameters" and (
+            odd := [n for n, p in patches.items() if type(p).bank.average is Bank.average]
+        ):
+            return f"the router {self.name!r} averages parameters, and the form of {odd[0]!r} has no meaningful average"
+        return ""
+
+    def fitted(self, adapters: Mapping[str, Adapter]) -> Router:
+        """This router with the settings that it reads off the adapters when nobody says them."""
+        return self
+
+    # Signatures
+
+    def sign(self, adapter: Adapter, model: Model | None, data: Task | None, seed: int = 0) -> dict[str, Tensor]:
+        """What the router needs to know of one adapter, by the names of the sites; ``""`` for the whole.
+
+        Raises:
+            MixError: it needs a base or data that are not given.
+        """
+        return {}
+
+    # Learning, in a mixture
+
+    def told(self, tasks: Sequence[str]) -> Router:
+        """This router with the names of the tasks that are learned, where it has parts for each."""
+        return self
+
+    def rate(self, name: str) -> float:
+        """The learning rate of its parameters called ``name`` over the adapter's."""
+        return 1.0
+
+    def penalty(self, gates: Sequence[Gate], shared: Any) -> Tensor | None:
+        """What is added to the loss of each step; None for nothing."""
+        return None
+
+    def loss(self, gates: Sequence[Gate], shared: Any, seen: Seen, values: Tensor) -> Tensor:
+        """Each row's loss [B] from the ``values`` [B] that the objective gave."""
+        return values
+
+    def stepped(self, gates: Sequence[Gate], shared: Any) -> None:
+        """Called after each step of the optimiser."""
+
+    def finish(self, adapter: Adapter) -> Adapter:
+        """What learning leaves of a mixture."""
+        return adapter
+
+    # Settings
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def knobs(cls) -> tuple[str, ...]:
+        """The names of its settings."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, spec: Router | str | Mapping[str, Any]) -> Router:
+        """A router from a router, its name, or a mapping ``{"name": "arrow", "top_k": 2}``. Raises `ConfigError`."""
+        return spec if isinstance(spec, Router) else routers.make(spec)
+
+    def at_least(self, name: str, least: float, whole: bool = False) -> None:
+        """Raises `ConfigError` for a setting below the least value."""
+        value = getattr(self, name)
+        kinds = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+            number = "a whole number of at least" if whole else "at least"
+            raise ConfigError(f"{self.name}: {name} must be {number} {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TokenRouter(Router):
+    """A router that scores adapters for each token; see `TokenGate`.
+
+    Args:
+        top_k: how many act for a token; all where 0.
+        temperature: the scores are divided by it.
+    """
+
+    top_k: int = 0
+    temperature: float = 1.0
+
+    reads: ClassVar[Any] = "token"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "block")
+
+    def __post_init__(self) -> None:
+        self.at_least("top_k", 0, whole=True)
+        if not self.temperature > 0.0:
+            raise ConfigError(f"{self.name}: temperature must be above 0, got {self.temperature!r}")
+
+
+class RowShared(Part):
+    """What a router that weighs whole rows keeps: the weights of the forward that runs.
+
+    Attributes:
+        names: all N adapters.
+        weights: [B, N], or None before the first forward.
+    """
+
+    weights: Tensor | None = None
+
+    def __init__(self, router: Router, names: Sequence[str]) -> None:
+        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        self.names = tuple(names)
+
+
+class RowGate(Gate):
+    """The columns of the adapters that have a patch at this site."""
+
+    shared: RowShared
+
+    def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
+        if self.shared.weights is None:
+            raise MixError(
+                f"the router {self.router.name!r} weighs the rows of a whole forward, and a part of the model was called alone; "
+                "call the model, or model.features"
+            )
+        place = [self.shared.names.index(name) for name in self.names]
+        values = self.shared.weights if place == list(range(len(self.shared.names))) else self.shared.weights[:, place]
+        return by_row(self.site, self.names, values, x, y)
+
+
+@dataclass(frozen=True)
+class RowRouter(Router):
+    """A router that gives every row of a batch weights of its own, the same at all sites: give `score`.
+
+    While ``generate`` writes, and while a cache is continued, the weights are those of the prompts.
+    """
+
+    reads: ClassVar[Any] = "row"
+
+    def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
+        return RowGate(self, site, names)
+
+    def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> RowShared:
+        return RowShared(self, names)
+
+    def begin(self, shared: RowShared, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
+        kept = shared.weights
+        if kept is not None and (hub.generating or goes_on(inputs)):
+            rows = call.rows or len(kept)
+            if rows % len(kept) == 0:  # all beams of a row are its own
+                shared.__dict__["weights"] = kept.repeat_interleave(rows // len(kept), 0)
+                return
+        shared.__dict__["weights"] = self.score(shared, hub, inputs, call)
+
+    def score(self, shared: Any, hub: Hub, inputs: Mapping[str, Any], call: Call) -> Tensor:
+        """The weights of each row, [B, N]."""
+        raise NotImplementedError
+
+
+def goes_on(inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward continues texts that are in a cache."""
+    cache: Any = inputs.get("past_key_values")
+    return bool(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache is not None
+
+
+routers: Registry[Router] = Registry("router", "polytask.route.mixes")

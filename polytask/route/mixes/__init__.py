@@ -1,0 +1,1 @@
+"""Ways to weigh adapters: one file per method."""

@@ -1,0 +1,91 @@
+"""Arrow: tokens go where an adapter changes them most, which its weights alone tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from polytask.core.adapter import Adapter
+from polytask.core.errors import MixError
+from polytask.core.form import Call, Patch
+from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
+from polytask.core.model import Model
+from polytask.core.site import Site
+from polytask.core.task import Task
+
+
+@routers.register("arrow")
+@dataclass(frozen=True)
+class Arrow(TokenRouter):
+    """Scores ``|v_n . x|``, v_n the input direction that adapter n changes most: the top right singular vector of its change.
+
+    The weights are the softmax of the best scores over the temperature. Nothing is trained, and no data are needed. An adapter
+    that changes nothing at a site has v = 0.
+
+    Args:
+        top_k: how many adapters act for a token; all where 0.
+        temperature: the scores are divided by it.
+
+    Reference: Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157, with K = 4.
+    Its code mixes the factors; ours, as PEFT's, the outputs. v is exact here: QR of both factors, and an SVD of their r x r core.
+
+    Raises:
+        MixError: an adapter's form has no dense change of a weight.
+    """
+
+    top_k: int = 4
+    temperature: float = 1.0
+
+    signature: ClassVar[str] = "arrow"
+    paper: ClassVar[str] = "arXiv 2405.11157"
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def sign(self, adapter: Adapter, model: Model | None, data: Task | None, seed: int = 0) -> dict[str, Tensor]:
+        return {site: direction(patch) for site, patch in adapter.patches.items()}
+
+    def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
+        return ArrowGate(self, site, names)
+
+
+class ArrowGate(TokenGate):
+    """v [N, i]; computed, not trained."""
+
+    frozen = frozenset({"v"})
+
+    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
+        super().__init__(router, site, names)
+        self.v = nn.Parameter(torch.zeros(len(names), site.d_in), requires_grad=False)
+
+    def fill(self, signs: Sequence[Tensor]) -> None:
+        self.v = nn.Parameter(torch.stack([sign.float() for sign in signs]), requires_grad=False)
+
+    def scores(self, x: Tensor, call: Call) -> Tensor:
+        return (x @ self.v.to(x.dtype).T).abs()
+
+
+@torch.no_grad()
+def direction(patch: Patch) -> Tensor:
+    """The unit vector [i] that a patch's change lengthens most; zero where it changes nothing. In fp32."""
+    pair = patch.thin()
+    if pair is None:
+        change = patch.delta() if patch.form.mergeable else None
+        if change is None:
+            raise MixError(
+                f"the form {patch.form.name!r} has no dense change of the weight at {patch.site.name!r}, which arrow looks at; "
+                "choose another router, or other adapters"
+            )
+        change = change.T if patch.site.transposed else change
+        _, size, v = torch.linalg.svd(change.double().cpu(), full_matrices=False)
+        found: Tensor = v[0] if float(size[0]) > 0.0 else torch.zeros_like(v[0])
+        return found.float()
+    B, A = (factor.double().cpu() for factor in pair)
+    if not bool(A.any()) or not bool(B.any()):
+        return torch.zeros(A.shape[1])
+    basis, core = torch.linalg.qr(A.T)  # A = core^T basis^T
+    _, _, v = torch.linalg.svd(torch.linalg.qr(B)[1] @ core.T)
+    unit: Tensor = (basis @ v[0]).float()
+    return unit

@@ -1,0 +1,112 @@
+"""Adapters to a mix that chooses among them, learned where it has to be. A door, as `polytask.jobs`: it holds no method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from polytask.core.adapter import Adapter
+from polytask.core.errors import ConfigError, MixError, listing
+from polytask.core.gate import Router
+from polytask.core.model import Model
+from polytask.core.routing import Routing, given
+from polytask.core.task import Task, read_tasks
+from polytask.forms.mixture import mixture_of, routing_of
+from polytask.learn.learner import learn
+
+
+def route(
+    source: Any,
+    router: Router | str | Mapping[str, Any] = "arrow",
+    *,
+    model: Model | str | None = None,
+    data: Sequence[Task] | Task | str | Path | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    train: str = "",
+    **settings: Any,
+) -> Routing:
+    """A mix that weighs adapters: for each task, row or token, as its router says.
+
+    Args:
+        source: a `Library`, a mapping or list of adapters, or a folder with a folder for each.
+        router: a router, its name, or a mapping with its settings; ``polytask route list`` shows them.
+        model: the base, or what `Model.load` takes; a library's own when None. The adapters are attached to it, so that
+            ``model.using(mix)`` works at once.
+        data: tasks to learn from, for routers that learn; for those that look at each adapter's own task, the tasks by name.
+        seed: of everything random.
+        out: folder for what is learned; repeating the call goes on from there.
+        train: of a router that can learn with or without the adapters: ``gates`` or ``all``.
+        settings: of the router; for routers that learn also of `polytask.learn`: epochs, lr, ...
+
+    Returns:
+        The mix. ``mix.save(file)`` writes its gates and the adapters' hashes, `Routing.load` reads them.
+
+    Raises:
+        ConfigError: an unknown router or setting, or data or a base are missing.
+        MixError: the router cannot weigh the adapters.
+    """
+    kind = type(Router.of(router)) if not isinstance(router, Router) else type(router)
+    own = {name: settings.pop(name) for name in kind.knobs() if name in settings}
+    chosen = _made(router, own)
+    adapters = given(source)
+    base = Model.load(model) if isinstance(model, str) else model or getattr(source, "model", None)
+    tasks = _tasks(data)
+    if chosen.trains == "nothing":
+        if settings:
+            raise ConfigError(
+                f"the router {chosen.name!r} has no setting {listing(settings)}; it has: {listing(kind.knobs())}"
+            )
+        mix = Routing.over(chosen, adapters, _signs(source, adapters, chosen, base, tasks, seed))
+        return mix if base is None else mix.attach(base)
+    if base is None or not tasks:
+        raise ConfigError(f"the router {chosen.name!r} learns; give the base (model=) and tasks to learn from (data=)")
+    mixture = mixture_of(chosen.told([task.name for task in tasks]), adapters, seed, train, name=chosen.name)
+    learned: Adapter = learn(
+        base, tasks, form=mixture.form, start=mixture, joint=len(tasks) > 1, name=chosen.name, seed=seed, out=out,
+        **{"progress": False, **settings},
+    )  # fmt: skip
+    frozen = getattr(learned.form, "train", "") == "gates"
+    return routing_of(learned, adapters if frozen else None).attach(base)
+
+
+def _made(router: Router | str | Mapping[str, Any], own: Mapping[str, Any]) -> Router:
+    if isinstance(router, Router):
+        if own:
+            raise ConfigError(f"the router {router.name!r} is given with its settings; say {listing(own)} there")
+        return router
+    said = {"name": router} if isinstance(router, str) else dict(router)
+    return Router.of({**said, **own})
+
+
+def _tasks(data: Any) -> list[Task]:
+    if data is None:
+        return []
+    return [data] if isinstance(data, Task) else read_tasks(data) if isinstance(data, str | Path) else list(data)
+
+
+def _signs(
+    source: Any, adapters: Mapping[str, Adapter], router: Router, base: Model | None, tasks: Sequence[Task], seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """The signature of each adapter: the library's, or made now (and kept there)."""
+    if not router.signature:
+        return {}
+    keep, known = getattr(source, "sign", None), getattr(source, "signature", None)
+    named = {task.name: task for task in tasks}
+    found = {}
+    for name, adapter in adapters.items():
+        made = known(name, router.signature) if known is not None else None
+        if not made:
+            of = [name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
+            task = next((named[task] for task in of if task in named), None)
+            try:
+                made = router.sign(adapter, base, task, seed)
+            except MixError as error:
+                raise MixError(f"the adapter {name!r}: {error}") from error
+            if keep is not None:
+                keep(name, router.signature, made, {"seed": seed, **({"data": task.hash} if task is not None else {})})
+        found[name] = dict(made)
+    return found
