@@ -10,11 +10,12 @@ from torch import Tensor
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MixError, listing
+from polytask.core.files import CONFIG
 from polytask.core.gate import Router
 from polytask.core.model import Model
 from polytask.core.routing import Routing, given
 from polytask.core.task import Task, read_tasks
-from polytask.forms.mixture import mixture_of, routing_of
+from polytask.forms.mixture import Mixture, experts_of, mixture_of, routing_of
 from polytask.learn.learner import learn
 
 
@@ -32,7 +33,8 @@ def route(
     """A mix that weighs adapters: for each task, row or token, as its router says.
 
     Args:
-        source: a `Library`, a mapping or list of adapters, or a folder with a folder for each.
+        source: a `Library`, a mapping or list of adapters, or a folder with a folder for each; for other routers over the
+            experts of a mixture, that mixture, its folder, or its mix.
         router: a router, its name, or a mapping with its settings; ``polytask route list`` shows them.
         model: the base, or what `Model.load` takes; a library's own when None. The adapters are attached to it, so that
             ``model.using(mix)`` works at once.
@@ -51,10 +53,12 @@ def route(
     """
     kind = type(Router.of(router)) if not isinstance(router, Router) else type(router)
     own = {name: settings.pop(name) for name in kind.knobs() if name in settings}
-    chosen = _made(router, own)
+    source, former = _inventory(source_of(source))
+    chosen = _made(router, own, former)
     adapters = given(source)
     base = Model.load(model) if isinstance(model, str) else model or getattr(source, "model", None)
     tasks = _tasks(data)
+    chosen = chosen.informed(adapters, tasks)
     if chosen.trains == "nothing":
         if settings:
             raise ConfigError(
@@ -64,22 +68,50 @@ def route(
         return mix if base is None else mix.attach(base)
     if base is None or not tasks:
         raise ConfigError(f"the router {chosen.name!r} learns; give the base (model=) and tasks to learn from (data=)")
+    adapters = dict(chosen.gathered(adapters))
     mixture = mixture_of(chosen.told([task.name for task in tasks]), adapters, seed, train, name=chosen.name)
     learned: Adapter = learn(
         base, tasks, form=mixture.form, start=mixture, joint=len(tasks) > 1, name=chosen.name, seed=seed, out=out,
         **{"progress": False, **settings},
     )  # fmt: skip
-    frozen = getattr(learned.form, "train", "") == "gates"
-    return routing_of(learned, adapters if frozen else None).attach(base)
+    if not isinstance(learned.form, Mixture):  # learning left one plain adapter, which is the mix
+        alone = Routing.over(Router.of("uniform"), {learned.name: learned}, {})
+        alone.heads, alone.about = learned.heads, {"training": learned.card.training, "tasks": learned.card.tasks}
+        return alone.attach(base)
+    return routing_of(learned, adapters if learned.form.train == "gates" else None).attach(base)
 
 
-def _made(router: Router | str | Mapping[str, Any], own: Mapping[str, Any]) -> Router:
+def source_of(source: Any) -> Any:
+    """A `Library` where a folder has one's index; everything else as it is."""
+    if isinstance(source, str | Path):
+        from polytask.core.library import Library
+        from polytask.core.library_entry import INDEX
+
+        if (Path(source).expanduser() / INDEX).is_file():
+            return Library(source)
+    return source
+
+
+def _inventory(source: Any) -> tuple[Any, Router | None]:
+    """The experts of a mixture, its folder, or a mix, and what weighed them; everything else as it is."""
+    if isinstance(source, Routing):
+        return source.adapters, source.router
+    if isinstance(source, str | Path) and (Path(source).expanduser() / CONFIG).is_file():
+        source = Adapter.load(source)
+    if isinstance(source, Adapter) and isinstance(source.form, Mixture):
+        return experts_of(source), source.form.router
+    return source, None
+
+
+def _made(router: Router | str | Mapping[str, Any], own: Mapping[str, Any], former: Router | None) -> Router:
     if isinstance(router, Router):
         if own:
             raise ConfigError(f"the router {router.name!r} is given with its settings; say {listing(own)} there")
         return router
     said = {"name": router} if isinstance(router, str) else dict(router)
-    return Router.of({**said, **own})
+    knobs = type(Router.of(said)).knobs()
+    kept = {} if former is None else {name: value for name, value in former.passed().items() if name in knobs}
+    return Router.of({**kept, **said, **own})
 
 
 def _tasks(data: Any) -> list[Task]:

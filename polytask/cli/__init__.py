@@ -15,6 +15,8 @@ def commands() -> Any:
 
     importlib.import_module(".merging", __name__)
     importlib.import_module(".grouping", __name__)
+    importlib.import_module(".library", __name__)
+    importlib.import_module(".routing", __name__)
     return app
 
 

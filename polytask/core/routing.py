@@ -89,6 +89,7 @@ class Routing(Mix):
                     )
                 gate.fill([signs[n][name] if name in signs[n] else signs[n][""] for n in names])
             gates[name] = gate
+        router.fill(shared, signs)
         return cls(router, adapters, gates, shared)
 
     # As a mix
@@ -139,6 +140,11 @@ class Routing(Mix):
             p.numel() for part in self.parts.values() for n, p in part.named_parameters() if n not in part.frozen
         )
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the router has learned to say of its adapters, as plain values."""
+        return self.router.facts(self.adapters, list(self.gates.values()), self.shared)
+
     # On a base
 
     def attach(self, model: Model, *, check_base: bool = True) -> Routing:
@@ -153,14 +159,13 @@ class Routing(Mix):
             for name, adapter in self.adapters.items():
                 if there.get(name) is not adapter:
                     done.append(model.attach(adapter, name, check_base=check_base))
+            for part in (*self.parts.values(), *self.heads.values()):
+                part.to(model.device)
+            self.router.meet(self.shared, model)
         except Exception:
             for name in done:
                 model.detach(name)
             raise
-        for part in self.parts.values():
-            part.to(model.device)
-        for head in self.heads.values():
-            head.to(model.device)
         return self
 
     def detach(self, model: Model) -> None:
@@ -211,13 +216,14 @@ class Routing(Mix):
         return path
 
     @classmethod
-    def load(cls, path: str | Path, adapters: Any) -> Routing:
+    def load(cls, path: str | Path, adapters: Any, **settings: Any) -> Routing:
         """Reads what `save` wrote.
 
         Args:
             path: the file.
             adapters: where its adapters are: a `Library`, a mapping by name, a list, or a folder of adapters. They are found
                 by their hashes, whatever they are called there.
+            settings: of the router that a file cannot hold, as an embedder of texts.
 
         Raises:
             MixError: the file is none of these, or damaged.
@@ -230,7 +236,7 @@ class Routing(Mix):
             with safe_open(path, framework="pt") as opened:
                 said = json.loads((opened.metadata() or {})[MARK])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-            router = Router.of(said["router"])
+            router = Router.of({**said["router"], **settings})
             found = by_hash(adapters, said["adapters"])
             places = {name: (Site.from_dict(site), tuple(names)) for name, (site, names) in said["gates"].items()}
             shared = router.shared([site for site, _ in places.values()], tuple(found))
@@ -279,8 +285,6 @@ def given(source: Any) -> dict[str, Adapter]:
         found = dict(source)
     else:
         items = list(source)
-        if items and not isinstance(items[0], Adapter):  # a library: what is iterated are its names
-            return {name: source[name] for name in items}
         found = {adapter.name: adapter for adapter in items}
         if len(found) < len(items) or "" in found:
             raise MixError(

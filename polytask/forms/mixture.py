@@ -129,6 +129,9 @@ class Mixture(Form):
             if self.train == "all" and type(form).stepped is not Form.stepped:
                 form.stepped(expert)
 
+    def measured(self, model: Model, adapter: Adapter) -> dict[str, Any]:
+        return self.router.facts(experts_of(adapter), gates_of(adapter), router_part(adapter))
+
     def finish(self, adapter: Adapter) -> Adapter:
         return self.router.finish(adapter)
 
@@ -281,6 +284,7 @@ def experts_of(adapter: Adapter) -> dict[str, Adapter]:
         patches = {site: own[name] for site, own in held.items() if name in own}
         shared = adapter.shared.subs.get(i) if isinstance(adapter.shared, MixtureShared) else None
         card = Card(base=dict(adapter.card.base), tasks=list(adapter.card.tasks), versions=dict(adapter.card.versions))
+        card.training = {"mixture": form.router.name, "expert": name}
         found[name] = Adapter(form.forms[i], patches, card=card, name=name, shared=shared)
     return found
 
