@@ -85,7 +85,7 @@ def source_of(source: Any) -> Any:
     """A `Library` where a folder has one's index; everything else as it is."""
     if isinstance(source, str | Path):
         from polytask.core.library import Library
-        from polytask.core.library_entry import INDEX
+        from polytask.core.library.entry import INDEX
 
         if (Path(source).expanduser() / INDEX).is_file():
             return Library(source)

@@ -17,7 +17,9 @@ def test_every_command_in_the_readme_exists():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     said = set(re.findall(r"`polytask (\w+)", text))
-    assert said == {command.callback.__name__ for command in commands().registered_commands}
+    app = commands()
+    groups = {group.typer_instance.info.name for group in app.registered_groups}
+    assert said == {command.callback.__name__ for command in app.registered_commands} | groups
 
 
 def test_every_link_in_the_documents_leads_somewhere():

@@ -60,7 +60,7 @@ class Hub:
     def set_mix(self, mix: Mix | None) -> None:
         """Makes a mix act. What the banks had prepared for the last one is dropped."""
         if mix is not None:
-            mix.check(tuple(self.adapters))
+            mix.check(self.adapters)
         for slot in self.slots.values():
             slot.forget()
         self.mix = mix
@@ -109,16 +109,33 @@ class Hub:
         """
         if self.root is None:
             raise MixError("a mix looks at the whole input, and nothing is attached; call model.attach first")
-        root: Any = self.root
-        crossed = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
-        backbone = root.get_encoder() if crossed else getattr(root, "base_model", root)
+        backbone = self.backbone
         given = {k: v for k, v in inputs.items() if k in INPUTS and v is not None}
-        before, self.mix, self.reading = self.mix, mix, True
+        before, self.mix, self.reading = (self.mix, self.unreached), mix, True
+        self.unreached = None  # what the mix reaches is seen afterwards
         try:
             with torch.no_grad(), calling(self, call):
                 return backbone(**given)
         finally:
-            self.mix, self.reading = before, False
+            (self.mix, self.unreached), self.reading = before, False
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def backbone(self) -> Any:
+        """What `read` runs."""
+        root: Any = self.root
+        return root.get_encoder() if self.crossed else getattr(root, "base_model", root)
+
+    def beyond(self) -> frozenset[str]:
+        """The sites of a decoder that reads what an encoder gives: their tokens are not those of `read` and of the mask."""
+        if not self.crossed:
+            return frozenset()
+        inside = {*self.backbone.modules()}
+        return frozenset(name for name, slot in self.slots.items() if slot.module not in inside)
 
     def _fits(self, said: int, rows: int, what: str) -> int:
         """How many neighbouring rows of the batch each entry serves: one, or all beams of a row while generating."""

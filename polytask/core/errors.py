@@ -46,6 +46,10 @@ class MemoryLimitError(LearnError):
     """A batch that does not fit into memory, in learning or in evaluation."""
 
 
+class LibraryError(PolytaskError):
+    """A library of adapters that cannot do what was asked: a name that is taken, unknown or not allowed, a damaged file."""
+
+
 class StorageError(PolytaskError):
     """A file or folder that cannot be written or read: no space, no permission."""
 

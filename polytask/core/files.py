@@ -10,10 +10,8 @@ README.md                    a model card
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,14 @@ from torch import Tensor
 
 from . import packed, peft_files
 from .adapter import Adapter, Card
-from .errors import AdapterError, StorageError, listing, nearest
-from .form import Form, Part, Patch, forms
+from .errors import AdapterError, listing, nearest
+from .form import ALIGNED, Form, Part, Patch, forms
 from .head import Head
 from .peft_files import PREFIX
 from .site import Site
+from .storage import write as write
+from .storage import write_together as write_together
+from .storage import writing as writing
 
 CONFIG, WEIGHTS, CARD, HEADS = "adapter_config.json", "adapter_model.safetensors", "polytask.json", "heads.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
@@ -58,9 +59,9 @@ def save(adapter: Adapter, folder: Path) -> Path:
     }
     card = _card(adapter)
     meta = {"format": "pt", MARK: card["hash"]}
-    files = {WEIGHTS: _ordered(encode(_apart(weights), meta))}
+    files = {WEIGHTS: ordered(encode(_apart(weights), meta))}
     if heads:
-        files[HEADS] = _ordered(encode(_apart(heads), meta))
+        files[HEADS] = ordered(encode(_apart(heads), meta))
     files |= {CARD: _json(card), "README.md": _readme(adapter).encode(), CONFIG: _json(config)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,65 +70,6 @@ def save(adapter: Adapter, folder: Path) -> Path:
         if not heads:
             (folder / HEADS).unlink(missing_ok=True)
     return folder
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says about a failed write into `StorageError` with advice."""
-    try:
-        yield
-    except OSError as error:
-        advice = "free some space" if error.errno == 28 else "choose a folder that you may write to"
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes to a temporary name and renames, so that a reader never sees half a file."""
-    part = _beside(path, "part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes several files of a folder, all or none: what can fail for lack of space comes before the first rename."""
-    parts = {name: _beside(folder / name, "part") for name in files}
-    olds = {name: _beside(folder / name, "old") for name in files}
-    replaced: list[str] = []
-    try:
-        for name, data in files.items():
-            parts[name].write_bytes(data)
-        for name in files:
-            if (folder / name).exists():
-                _keep(folder / name, olds[name])
-            os.replace(parts[name], folder / name)
-            replaced.append(name)
-    except BaseException:
-        for name in replaced:
-            with suppress(OSError):  # the first error is the one to tell
-                if olds[name].exists():
-                    os.replace(olds[name], folder / name)
-                else:
-                    (folder / name).unlink()
-        raise
-    finally:
-        for path in (*parts.values(), *olds.values()):
-            path.unlink(missing_ok=True)
-
-
-def _beside(path: Path, end: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
-
-
-def _keep(path: Path, old: Path) -> None:
-    """A second name for a file that is about to be replaced; a copy where the file system has no hard links."""
-    old.unlink(missing_ok=True)
-    try:
-        os.link(path, old)
-    except OSError:
-        old.write_bytes(path.read_bytes())
 
 
 def _key(path: str, part: Part, name: str) -> str:
@@ -148,13 +90,17 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return done
 
 
-def _ordered(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order, which the library writes in any: the same adapter gives the same bytes."""
+def ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order, which the library writes in any: the same adapter gives the same bytes.
+
+    Its tensors begin where a line of memory does, so that those of a whole number of lines are mapped and not copied.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     said = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
     text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
-    return b"".join((data[:8], text.ljust(length), memoryview(data)[8 + length :])) if len(text) <= length else data
+    size = -(-(8 + len(text)) // ALIGNED) * ALIGNED - 8
+    return b"".join((size.to_bytes(8, "little"), text.ljust(size), memoryview(data)[8 + length :]))
 
 
 def _json(data: Any) -> bytes:
@@ -206,7 +152,7 @@ def load(path: str | Path, *, revision: str | None = None, subfolder: str | None
     kind = _kind(folder, config)
     ours = _read_json(folder / CARD) if (folder / CARD).is_file() else None
     tensors, mark = _read_weights(folder)
-    foreign = kind.in_peft and config["peft_type"] != peft_files.own_type(kind)
+    foreign = config["peft_type"] != peft_files.own_type(kind)
     if ours is not None and not mark and foreign:
         warnings.warn(
             f"{folder}: the weights were written by another program than {CARD} beside them, so that file and the "

@@ -418,6 +418,7 @@ class Form:
             encoded for each image) and ``"about"``; see `Other`.
         begin_rows: how many examples each batch of ``begin`` has; as many as a step's when None.
         enters: whether `enter` is to be called.
+        routes: whether a router inside chooses among its parts, so that ``polytask route list`` shows it too.
         exceptions: checks of the forms' contract suite that do not hold for it, each with the reason.
     """
 
@@ -433,6 +434,7 @@ class Form:
     exceptions: ClassVar[Mapping[str, str]] = {}
     begin_rows: ClassVar[int | None] = None
     enters: ClassVar[bool] = False
+    routes: ClassVar[bool] = False
     template: ClassVar[str] = ""
     wants: ClassVar[tuple[str, ...]] = ()
 

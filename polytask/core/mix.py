@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -73,7 +73,7 @@ class Mix(ABC):
         weights = self.weigh(slot.site, slot.names, x, y, call)
         return act(slot.banks(weights.names), self.combines, weights, x, y, y, call)
 
-    def check(self, attached: Sequence[str]) -> None:
+    def check(self, attached: Collection[str]) -> None:
         """Raises `MixError` when the mix names an adapter that is not attached."""
         for name in self.names():
             if name not in attached:

@@ -298,7 +298,7 @@ class Model:
             return text_features(self, batch, known)
         backbone = getattr(self.module, "base_model", self.module)
         with _attach.calling(self._hub, call or Call(tasks=self._hub.call.tasks, mask=mask, rows=rows)):
-            if self._hub.mix is not None:
+            if self._hub.mix is not None and backbone is not self.module:  # which enters by itself
                 self._hub.enter(dict(batch), ())
             out = backbone(**batch)
         return pool(out, mask, self.pooling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ class Routing(Mix):
         gate = self.gates.get(slot.site.name)
         return y if gate is None else gate.combine(slot, x, y, y, call)
 
-    def check(self, attached: Sequence[str]) -> None:
+    def check(self, attached: Collection[str]) -> None:
         missing = [name for name in self.adapters if name not in attached]
         if missing:
             raise MixError(

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from . import grammar
 from .errors import SiteError, listing, nearest
 from .site import GROUPS, KINDS, NOT_IN_STACK, ROLES, Site
 
@@ -86,62 +87,12 @@ def parse(expression: str) -> Test:
     Raises:
         SiteError: the expression cannot be read; the message points at the place.
     """
-    tokens = _tokens(expression)
-    position = 0
 
-    def peek() -> str:
-        return tokens[position] if position < len(tokens) else ""
+    def refuse(rest: str) -> SiteError:
+        return SiteError(f"the selector {expression!r} cannot be read at {rest!r}; see `polytask sites --help`")
 
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1] if position <= len(tokens) else ""
-
-    def either() -> Test:
-        tests = [both()]
-        while peek() == "|":
-            take()
-            tests.append(both())
-        return tests[0] if len(tests) == 1 else lambda site: any(test(site) for test in tests)
-
-    def both() -> Test:
-        tests = [one()]
-        while peek() == "&":
-            take()
-            tests.append(one())
-        return tests[0] if len(tests) == 1 else lambda site: all(test(site) for test in tests)
-
-    def one() -> Test:
-        token = take()
-        if token == "!":
-            inner = one()
-            return lambda site: not inner(site)
-        if token == "(":
-            inner = either()
-            if take() != ")":
-                raise SiteError(f"the selector {expression!r} lacks a closing parenthesis")
-            return inner
-        if token in ("", "&", "|", ")"):
-            got = repr(token) if token else "its end"
-            raise SiteError(f"the selector {expression!r} has {got} where a name, a comparison or '(' is needed")
-        return _atom(token)
-
-    test = either()
-    if position < len(tokens):
-        raise SiteError(f"the selector {expression!r} goes on after it is complete, at {peek()!r}; join with & or |")
-    return test
-
-
-def _tokens(expression: str) -> list[str]:
-    tokens, at = [], 0
-    text = expression.rstrip()
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise SiteError(f"the selector {expression!r} cannot be read at {text[at:]!r}; see `polytask sites --help`")
-        tokens.append(match.group(0).strip())
-        at = match.end()
-    return tokens
+    words = grammar.tokens(expression, _TOKEN, refuse)
+    return grammar.parse(expression, words, _atom, SiteError, "selector")
 
 
 def _atom(token: str) -> Test:

@@ -75,3 +75,6 @@ class FactoredPatch(LoRAPatch):
 
     def delta(self) -> Tensor:
         return self.plain().delta()
+
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        return self.plain().thin() if type(self).delta is FactoredPatch.delta else None

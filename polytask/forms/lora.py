@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, i = d_in, o = d_out, r rank, N adapters, R the ranks o
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.errors import AdapterError, ConfigError
+from polytask.core.errors import AdapterError, ConfigError, MixError, listing
+from polytask.core.experts import aligned, outputs, parameters
 from polytask.core.form import NO_CALL, Bank, Call, Form, Patch, Weights, forms, per_row
 from polytask.core.peft_files import check_peft, pattern, pattern_keys
 from polytask.core.site import Site
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from polytask.core.model import Model
 
 PLAIN_STARTS = ("zero-B", "gaussian", "random")
+_VERSION, _LEARNS = operator.attrgetter("_version"), operator.attrgetter("requires_grad")
 
 
 @forms.register("lora")
@@ -239,16 +242,17 @@ def _check_peft(config: Mapping[str, Any]) -> None:
 
 
 class LoRABank(Bank):
-    """Several LoRAs at once: factors side by side for the whole batch or per token, stacked for the rows of a batch."""
+    """Several LoRAs at once: factors side by side for the whole batch, stacked for the rows of a batch or for its tokens."""
 
     def __init__(self, patches: Mapping[str, Patch]) -> None:
         super().__init__(patches)
         forms = {name: patch.form for name, patch in self.patches.items()}
         ranks = {form.rank for form in forms.values()}
         self._rank, self._uneven = max(ranks), len(ranks) > 1
-        self._dropouts = [self.patches[name] for name, form in forms.items() if form.dropout]
+        self._dropouts = {form.dropout for form in forms.values()}
         # one site has patches of one class; one that computes something else is served by the loop over its own methods
-        kind, site = next((type(patch), patch.site) for patch in self.patches.values())
+        self._first = next(iter(self.patches.values()))
+        kind, site = type(self._first), self._first.site
         self._site = site.name
         self._plain = site.kind == "linear" and kind.add is LoRAPatch.add and kind.contribute is LoRAPatch.contribute
         self._parts: dict[str, tuple[Tensor, Tensor, float]] = {
@@ -260,61 +264,189 @@ class LoRABank(Bank):
         self._layout: tuple[Any, _Layout] | None = None
 
     def apply(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
-        if not self._fast or (weights.fixed is not None and len(self.patches) == 1):
+        if not self._plain or self._dropping or (weights.fixed is not None and len(self.patches) == 1):
             return super().apply(x, y, out, weights, call)
         if weights.picks is not None:
             return self._picked(x, out, weights)
-        if weights.index is not None and weights.values.dim() == 2:  # type: ignore[union-attr]
+        if weights.index is not None:
+            if self._by_token(x, weights):
+                return self._tokens(x, out, weights, outputs)
             return self._indexed(x, out, weights)
         if weights.fixed is not None:
             A, B = self._keep("fixed", (weights.fixed, out.dtype, out.device), lambda: self._fixed(weights, out.dtype))
             return _plus(out, F.linear(x.to(A.dtype), A), B)
         A, B, owner = self._keep("side by side", (out.dtype, out.device), lambda: self._side_by_side(out.dtype))
-        scale = weights.dense()[..., [weights.names.index(name) for name in self.patches]]  # [N], [B, N] or [B, T, N]
-        if scale.dim() == 2:
-            x, out, per = per_row(x, out, scale.shape[0], self._site)
-            scale = scale.repeat_interleave(per, 0) if per > 1 else scale
-            scale = scale.reshape(scale.shape[0], *[1] * (x.dim() - 2), scale.shape[1])
+        x, out, scale = self._dense(x, out, weights)
         h = F.linear(x.to(A.dtype), A)  # [..., R]
         return _plus(out, h * scale[..., owner].to(h.dtype), B)
 
     def average(self, x: Tensor, y: Tensor, out: Tensor, weights: Weights, call: Call = NO_CALL) -> Tensor:
-        if not self._fast or len({p.form.rank for p in self.patches.values()}) > 1:
-            raise AdapterError("averaging LoRA factors needs linear sites and equal ranks; combine outputs instead")
-        dense = weights.dense().to(x.device, x.dtype)
-        dense = dense[..., [weights.names.index(name) for name in self.patches]]
-        A = torch.stack([p.A for p in self.patches.values()]).to(x.dtype)  # [N, r, i]
-        B = torch.stack([p.B * p.form.scale for p in self.patches.values()]).to(x.dtype)  # [N, o, r]
-        if dense.dim() == 1:
-            return out + F.linear(F.linear(x, torch.einsum("n,nri->ri", dense, A)), torch.einsum("n,nor->or", dense, B))
-        if dense.dim() == 2:
-            x3, _, _ = per_row(x, out, dense.shape[0], self._site)
-            rows = x3.reshape(dense.shape[0], -1, x3.shape[-1])  # [B, per*T, i]
-            h = rows @ torch.einsum("bn,nri->bir", dense, A)
-            return out + (h @ torch.einsum("bn,nor->bro", dense, B)).reshape(*x3.shape[:-1], -1)
-        h = torch.einsum("btn,nri,bti->btr", dense, A, x)
-        return out + torch.einsum("btn,nor,btr->bto", dense, B, h)
+        self._check_average()
+        if self._dropping:  # the average is one LoRA, and draws one mask
+            x = F.dropout(x, max(self._dropouts), training=True)
+        if weights.fixed is not None:
+            key = (weights.names, weights.fixed, out.dtype, out.device)
+            A, B = self._keep("mean", key, lambda: self._mean(weights, out.dtype))  # [r, i], [r, o]
+            return _plus(out, F.linear(x.to(A.dtype), A), B.t())
+        if self._by_token(x, weights):
+            if weights.index is not None:
+                return self._tokens(x, out, weights, parameters)
+            A, B, _ = self._keep("side by side", (out.dtype, out.device), lambda: self._side_by_side(out.dtype))
+            x, out, scale = self._dense(x, out, weights)
+            scale = scale.to(A.dtype).unsqueeze(-1)  # [..., N, 1]
+            h = (F.linear(x.to(A.dtype), A).unflatten(-1, (-1, self._rank)) * scale).sum(-2, keepdim=True)
+            return _plus(out, (h * scale).flatten(-2), B)
+        A, B = self._mean(weights, out.dtype)
+        if A.dim() == 2:
+            return _plus(out, F.linear(x.to(A.dtype), A), B.t())
+        x, out, _ = per_row(x, out, len(A), self._site)
+        h = torch.bmm(x.reshape(len(A), -1, x.shape[-1]).to(A.dtype), A.transpose(1, 2))  # [B, T, r]
+        return out + torch.bmm(h, B).view(out.shape).to(out.dtype)
 
     def forget(self) -> None:
         self._kept, self._layout = {}, None
 
     @property
-    def _fast(self) -> bool:
-        return self._plain and not any(p.dropping for p in self._dropouts)
+    def _dropping(self) -> bool:
+        return any(self._dropouts) and self._first.dropping  # all are bound to one module
 
     def _keep(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, or returned the last time if neither the key nor the adapters have changed since."""
-        tensors = self._tensors
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(_LEARNS, self._tensors))):
             return make()
         try:
-            key = (key, torch.is_inference_mode_enabled(), [t._version for t in tensors])
+            # versions only grow, so their sum tells of any change; a thousand of them are read at each site
+            key = (key, torch.is_inference_mode_enabled(), sum(map(_VERSION, self._tensors)))
         except RuntimeError:  # made in inference mode: such tensors do not say when they change
             return make()
         kept = self._kept.get(what)
         if kept is None or kept[0] != key:
+            self._kept.pop(what, None)  # before the new ones are made: together they may not fit into memory
             kept = self._kept[what] = (key, make())
         return kept[1]
+
+    def _check_average(self) -> None:
+        if not self._plain:
+            raise MixError(
+                f"the parameters of the adapters at {self._site!r} cannot be averaged: that needs plain LoRAs at linear sites; "
+                "use a mix that combines outputs"
+            )
+        for what, uneven in (("rank", self._uneven), ("dropout", len(self._dropouts) > 1 and self._dropping)):
+            if uneven:
+                each = listing(f"{name} ({getattr(patch.form, what)})" for name, patch in self.patches.items())
+                raise MixError(
+                    f"LoRAs of different {what} cannot be averaged at {self._site!r}: {each}; use a mix that combines outputs"
+                )
+
+    def _by_token(self, x: Tensor, weights: Weights) -> bool:
+        """Whether each token has weights of its own: rows that are one token each count."""
+        shape = weights.values.shape[:-1]  # type: ignore[union-attr]
+        return len(shape) > 1 or (len(shape) == 1 and x.shape[0] == shape[0] == x.shape[:-1].numel())
+
+    def _places(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Where each of ``names`` [M] lies in the stacks (N: it is another bank's), and where each of ours [N] lies there.
+
+        Both are None where the names are ours in order.
+        """
+        kept = self._kept.get("places")
+        if kept is None or kept[0][1] != device or (kept[0][0] is not names and kept[0][0] != names):
+            if names == tuple(self.patches):
+                kept = ((names, device), (None, None))
+            else:
+                ours, theirs = ({name: i for i, name in enumerate(given)} for given in (self.patches, names))
+                place = [ours.get(name, len(ours)) for name in names]
+                back = [theirs[name] for name in self.patches]
+                kept = ((names, device), (torch.tensor(place, device=device), torch.tensor(back, device=device)))
+            self._kept["places"] = kept
+        places: tuple[Tensor | None, Tensor | None] = kept[1]
+        return places
+
+    def _index(self, weights: Weights, device: torch.device) -> Tensor:
+        """Where the chosen lie in the stacks, [..., k]; N for those of other banks."""
+        index: Tensor = weights.index.to(device)  # type: ignore[union-attr]
+        place, _ = self._places(weights.names, device)
+        return index if place is None else place[index]
+
+    def _dense(self, x: Tensor, out: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        """x, out and the weights of ours in order, [N] or [..., N], lined up with them."""
+        scale: Tensor = weights.values.to(x.device)  # type: ignore[union-attr]
+        _, back = self._places(weights.names, x.device)
+        if back is not None:
+            scale = scale.index_select(-1, back)
+        if scale.dim() == 2:
+            x, out, per = per_row(x, out, scale.shape[0], self._site)
+            scale = scale.repeat_interleave(per, 0) if per > 1 else scale
+            scale = scale.reshape(scale.shape[0], *[1] * (x.dim() - 2), scale.shape[1])
+        elif scale.dim() > 2:
+            shape = self._line_up(x, scale)
+            x, out = x.expand(*shape, -1), out.expand(*shape, -1)
+        return x, out, scale
+
+    def _line_up(self, x: Tensor, values: Tensor) -> torch.Size:
+        """The leading shape that tokens and weights for each of them have together."""
+        try:
+            shape: torch.Size = torch.broadcast_shapes(x.shape[:-1], values.shape[:-1])
+        except RuntimeError:
+            raise MixError(
+                f"site {self._site!r} got an input of shape {tuple(x.shape)}, and the mix has weights for tokens of shape "
+                f"{tuple(values.shape[:-1])}; give weights for {tuple(x.shape[:-1])}, for each row, or leave this site out of "
+                "the adapters"
+            ) from None
+        return shape
+
+    def _tokens(self, x: Tensor, out: Tensor, weights: Weights, step: Callable[..., Tensor]) -> Tensor:
+        """Each token its own adapters, chosen by a router."""
+        values: Tensor = weights.values  # type: ignore[assignment]
+        index, k = self._index(weights, x.device), values.shape[-1]
+        shape = x.shape[:-1]
+        if values.shape[:-1] != shape:
+            if values.dim() > 2:
+                shape = self._line_up(x, values)
+                values, index = values.expand(*shape, k), index.expand(*shape, k)
+                x, out = x.expand(*shape, -1), out.expand(*shape, -1)
+            values, index = values.reshape(-1, k), index.reshape(-1, k)
+        A, B = self._stacks(out.dtype, out.device)
+        flat = out.reshape(-1, out.shape[-1])
+        given = (index.reshape(-1, k), values.reshape(-1, k).to(out.device, out.dtype))
+        return step(x.reshape(-1, x.shape[-1]).to(out.dtype), flat, A, B, *given).view(*shape, -1)
+
+    def _stacks(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All A [N + 1, r, i] and s*B [N + 1, r, o], the last ones zero, for adapters of other banks; r is the largest rank."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            count, rank, (A, B, _) = len(self._parts), aligned(self._rank, dtype), next(iter(self._parts.values()))
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(map(_LEARNS, self._tensors))):
+                parts = [(_pad(A, rank, 0), _pad(B.t() * s, rank, 0)) for A, B, s in self._parts.values()]
+                parts.append((A.new_zeros(rank, A.shape[1]), B.new_zeros(rank, B.shape[0])))
+                found = [torch.stack(part).to(dtype) for part in zip(*parts, strict=True)]
+                return found[0], found[1]
+            all_A = torch.zeros(count + 1, rank, A.shape[1], dtype=dtype, device=device)
+            all_B = torch.zeros(count + 1, rank, B.shape[0], dtype=dtype, device=device)
+            with torch.no_grad():
+                for i, (A, B, s) in enumerate(self._parts.values()):
+                    all_A[i, : len(A)] = A
+                    all_B[i, : len(A)] = B.t() * s
+            return all_A, all_B
+
+        stacks: tuple[Tensor, Tensor] = self._keep("stacks", (dtype, device), make)
+        return stacks
+
+    def _mean(self, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``sum_n w_n A_n`` [r, i] and ``sum_n w_n s_n B_n`` [r, o]; of weights for each row, one for each."""
+        device = self._first._parameters["A"].device  # type: ignore[union-attr]
+        A, B = self._stacks(dtype, device)
+        values = torch.tensor(weights.fixed) if weights.fixed is not None else weights.values
+        values = values.to(device, dtype)  # type: ignore[union-attr]
+        if weights.index is not None:
+            index = self._index(weights, device)
+            found = [torch.bmm(values[:, None], S[index].flatten(2)).view(-1, *S.shape[1:]) for S in (A, B)]
+            return found[0], found[1]
+        _, back = self._places(weights.names, device)
+        if back is not None:
+            values = values.index_select(-1, back)
+        count = len(self.patches)
+        found = [(values @ S[:count].flatten(1)).unflatten(-1, S.shape[1:]) for S in (A, B)]
+        return found[0], found[1]
 
     def _fixed(self, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A of the adapters with a weight as [R, i], and w*s*B as [o, R]."""
@@ -386,21 +518,10 @@ class LoRABank(Bank):
 
     def _indexed(self, x: Tensor, out: Tensor, weights: Weights) -> Tensor:
         """Each row its own adapters, chosen by a router: the factors are gathered by index."""
-        rows, k = weights.values.shape  # type: ignore[union-attr]
-        x, out, _ = per_row(x, out, rows, self._site)
-
-        def make() -> tuple[Tensor, Tensor, Tensor]:
-            chunks = (*[((name, 1.0),) for name in self.patches], ())  # the last one is zero, for other banks' adapters
-            A, B, scale = self._stacked(chunks, out.dtype)
-            places = {name: i for i, name in enumerate(self.patches)}
-            place = [places.get(name, len(places)) for name in weights.names]
-            scaled = B * (scale.transpose(1, 2) if isinstance(scale, Tensor) else scale)  # [N + 1, r, o]
-            return A, scaled, torch.tensor(place, device=out.device)
-
-        # [N + 1, r, i], [N + 1, r, o], [N]
-        A, B, place = self._keep("indexed", (weights.names, out.dtype, out.device), make)
-        index = place[weights.index]  # [B, k]
         values: Tensor = weights.values  # type: ignore[assignment]
+        x, out, _ = per_row(x, out, len(values), self._site)
+        A, B = self._stacks(out.dtype, out.device)
+        index = self._index(weights, out.device)  # [B, k]
         scale = values.to(out.dtype).repeat_interleave(A.shape[1], 1)[:, None]  # [B, 1, k*r]
         return _batched(x, out, A[index].flatten(1, 2), B[index].flatten(1, 2), scale, _Layout(()))
 
@@ -558,6 +679,11 @@ class LoRAPatch(Patch):
             return (torch.tensordot(self.B.flatten(1), self.A.flatten(1), 1) * s).reshape(self.site.shape)
         product = (self.B @ self.A) * s
         return product.T if self.site.transposed else product
+
+    def thin(self) -> tuple[Tensor, Tensor] | None:
+        if type(self).delta is not LoRAPatch.delta or self.site.kind == "experts":  # a form that changes more than B A
+            return None
+        return self.B.detach().flatten(1) * self.form.scale, self.A.detach().flatten(1)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.form.dropout, training=True) if self.form.dropout and self.dropping else x

@@ -1,0 +1,172 @@
+"""What routing costs: each token its own adapters, chosen by scores, over the bare forward; with PEFT's Arrow beside it.
+
+The base and the adapters are those of `benchmarks.core`. The router here is the smallest one: a random prototype for each adapter
+at each site, scores by one product, the two largest, and a softmax over them.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytask import Adapter, Mix, Model, PerRow, Weights
+from polytask.core.experts import top
+from polytask.core.form import Call
+from polytask.core.site import Site
+
+from .core import PEFT, VOCAB, _resident, adapters, attached, decoder, difference, tokens
+from .measure import interleave, result, twin
+
+LAYERS, K, RANK = 8, 2, 16
+DISTINCT = 16  # adapters with values of their own; the others share these tensors, and the stacks hold all of them
+
+
+class Prototypes(Mix):
+    """Each token the ``k`` adapters whose prototypes have the largest products with it, by a softmax over these.
+
+    Args:
+        names: the adapters.
+        k: how many for each token.
+        prototypes: [N, i] by site, whose products count without their sign, as Arrow's; random ones with theirs when None.
+    """
+
+    def __init__(self, names: tuple[str, ...], k: int = K, prototypes: dict[str, Tensor] | None = None) -> None:
+        self._names, self._k, self._signed = names, k, prototypes is None
+        self._prototypes = dict[str, Tensor]() if prototypes is None else prototypes
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def weigh(self, site: Site, names: tuple[str, ...], x: Tensor, y: Tensor, call: Call) -> Weights:
+        prototypes = self._prototypes.get(site.name)
+        if prototypes is None:
+            draw = torch.Generator().manual_seed(len(self._prototypes))
+            prototypes = torch.nn.functional.normalize(torch.randn(len(names), x.shape[-1], generator=draw), dim=-1)
+            self._prototypes[site.name] = prototypes
+        scores = nn.functional.linear(x, prototypes)
+        scores, index = top(scores if self._signed else scores.abs(), self._k)
+        return Weights(names, scores.softmax(-1), index)
+
+
+def library(module: nn.Module, count: int) -> dict[str, Adapter]:
+    """So many adapters; those after the first few share their tensors, so that a thousand fit into memory."""
+    few = list(adapters(module, min(count, DISTINCT), RANK).values())
+    return {f"a{i}": few[i % len(few)] for i in range(count)}
+
+
+def _megabytes(model: Model) -> float:
+    """What the banks at all sites keep between forwards."""
+    kept = (
+        bank._kept["stacks"][1]
+        for slot in model._hub.slots.values()
+        for bank in slot.banks(slot.names)
+        if "stacks" in getattr(bank, "_kept", {})
+    )
+    return round(float(sum(t.numel() * t.element_size() for stacks in kept for t in stacks)) / 1e6, 1)
+
+
+def _free() -> float:
+    """Bytes of memory that can be had."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024.0
+    return math.inf
+
+
+def _fitting(count: int) -> tuple[nn.Module, int]:
+    """The decoder, with fewer layers where the stacks of so many adapters would take more than half of the free memory.
+
+    The head shrinks with the layers, so that its share of the forward, and with it the ratio, stays.
+    """
+    per_layer = count * RANK * (4 * (512 + 512) + 3 * (512 + 1408)) * 4
+    layers = next((n for n in (8, 4, 2) if n * per_layer < _free() / 2), 1)
+    return decoder(layers=layers, vocab=VOCAB * layers // LAYERS), layers
+
+
+def _routed(count: int, rows: int, length: int, rounds: int, peft: bool = False) -> dict[str, Any]:
+    """The cases' times, the memory of the stacks, and how long attaching and the first forward took."""
+    base, layers = _fitting(count)
+    ids = tokens(rows, length) % (VOCAB * layers // LAYERS)
+    given = library(base, count)
+    begin = time.perf_counter()
+    model = attached(base, given)
+    attaching = time.perf_counter() - begin
+    model.use(Prototypes(tuple(given)))
+    begin = time.perf_counter()
+    model.module(ids)
+    first = time.perf_counter() - begin
+    cases: dict[str, Callable[[], object]] = {"bare": lambda: base(ids), "ours": lambda: model.module(ids)}
+    details = {}
+    if peft and PEFT:
+        arrow = _arrow(base, count)
+        cases["peft"] = lambda: arrow(ids)
+        details["difference_to_peft"] = _difference(base, count, arrow, ids)
+    took = interleave(cases, rounds, "bare")
+    found = {
+        "cases": took, "layers": layers, "megabytes": _megabytes(model), "resident": round(_resident("VmRSS") / 1e6),
+        "seconds_attaching": round(attaching, 2), "seconds_first": round(first, 2), **details,
+    }  # fmt: skip
+    model.use(None)
+    model.detach()
+    gc.collect()
+    return found
+
+
+def _arrow(base: nn.Module, count: int) -> Any:
+    """PEFT's Arrow over the same tensors: top-2 of as many LoRAs of the same rank."""
+    from peft import ArrowConfig, create_arrow_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(adapter.save(Path(folder) / name)) for name, adapter in adapters(base, count, RANK).items()]
+        made = create_arrow_model(twin(base), paths, ArrowConfig(top_k=K))
+        return made.eval()
+
+
+def _difference(base: nn.Module, count: int, arrow: Any, ids: Tensor) -> float:
+    """Between PEFT's output and ours with the prototypes that it found."""
+    expected = arrow(ids).logits  # finds the prototypes
+    theirs: dict[str, Tensor] = {
+        name.removeprefix("base_model.model."): next(iter(module.lora_arrow.values())).prototypes
+        for name, module in arrow.named_modules()
+        if getattr(module, "lora_arrow", None)
+    }
+    given = adapters(base, count, RANK)
+    model = attached(base, given, Prototypes(tuple(given), prototypes=theirs))
+    return difference(model.module(ids).logits, expected)
+
+
+def _benchmark(count: int, limit: float, rows: int = 8, length: int = 64, peft: bool = False) -> Callable[..., Any]:
+    @torch.no_grad()
+    def benchmark(quick: bool) -> dict[str, Any]:
+        found = _routed(count if not quick else min(count, 32), rows, length, 2 if quick else 11, peft)
+        ours = found["cases"]["ours"]
+        peer = {f"{PEFT} arrow": found["cases"]["peft"]["cpu"]} if "peft" in found["cases"] else {}
+        return result(benchmark.__doc__ or "", ours["cpu"], limit, peer, **found)
+
+    benchmark.__name__ = f"{'top2' if length > 1 else 'decode'}_of_{count}"
+    benchmark.__doc__ = f"{rows} x {length} tokens, each by two of {count} LoRAs of rank {RANK}, over the bare forward"
+    return benchmark
+
+
+@torch.no_grad()
+def rows_of_1024(quick: bool) -> dict[str, Any]:
+    """8 x 64 tokens, 8 different adapters in the batch and 1,024 attached, over the bare forward."""
+    base, ids = decoder(), tokens(8, 64)
+    given = library(base, 32 if quick else 1024)
+    model = attached(base, given, PerRow(list(given)[:8]))
+    took = interleave({"bare": lambda: base(ids), "ours": lambda: model.module(ids)}, 2 if quick else 11, "bare")
+    return result(rows_of_1024.__doc__ or "", took["ours"]["cpu"], 1.15, cases=took)
+
+
+BENCHMARKS = (
+    _benchmark(8, 1.35, peft=True), _benchmark(32, 1.45, peft=True), _benchmark(128, 1.7), _benchmark(1024, 2.7),
+    _benchmark(128, 2.0, 32, 1), rows_of_1024,
+)  # fmt: skip
