@@ -1,0 +1,1 @@
+"""Routers over many adapters of one base: ``python -m experiments.route``."""
