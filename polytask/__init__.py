@@ -43,6 +43,9 @@ _WHERE = {
     "readapt": "merge.readapt",
     "MergeError": "core.errors",
     "Routing": "core.routing",
+    "gradient_alignment": "route.alignment",
+    "mbc": "experts",
+    "kshot_experts": "experts",
 }
 
 

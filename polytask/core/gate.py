@@ -68,6 +68,20 @@ def by_row(site: Site, names: tuple[str, ...], values: Tensor, x: Tensor, y: Ten
     return Weights(names, values.to(y.device, y.dtype if y.is_floating_point() else torch.float32))
 
 
+def learning(part: Part) -> bool:
+    """Whether gradients of a part's parameters are recorded: dropout inside gates is on then, as they see no module's mode."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in part.parameters())
+
+
+def serving(adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Which adapter each task is for: those on its card, of its heads, and of its own name."""
+    found: dict[str, str] = {}
+    for name, adapter in adapters.items():
+        for task in (name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]):
+            found.setdefault(task, name)
+    return {task: name if task not in adapters else task for task, name in found.items()}
+
+
 class Gate(Part):
     """What says at one site how much each adapter acts there. Its parameters are trained, computed, or none.
 
@@ -144,7 +158,7 @@ class Router:
         combines: ``outputs`` or ``parameters``, as `polytask.core.mix.Mix`.
         reads: what its weights depend on: nothing, the task or the whole input of a row, each token, or what the adapters
             contribute themselves.
-        trains: what learns: nothing, its gates beside frozen adapters, or both.
+        trains: what learns: nothing, its gates beside frozen adapters, the adapters, or both.
         kinds: the kinds of site where it can weigh adapters; any where empty.
         signature: the kind of signature of an adapter that it needs; none where empty.
         alike: whether experts that start fresh start as copies of one.
@@ -155,7 +169,7 @@ class Router:
     paper: ClassVar[str] = ""
     combines: ClassVar[Literal["outputs", "parameters"]] = "outputs"
     reads: ClassVar[Literal["nothing", "task", "row", "token", "contributions"]] = "nothing"
-    trains: ClassVar[Literal["nothing", "gates", "gates and adapters"]] = "nothing"
+    trains: ClassVar[Literal["nothing", "gates", "adapters", "gates and adapters"]] = "nothing"
     kinds: ClassVar[tuple[str, ...]] = ()
     signature: ClassVar[str] = ""
     alike: ClassVar[bool] = False
@@ -193,6 +207,16 @@ class Router:
         """This router with the settings that it reads off the adapters when nobody says them."""
         return self
 
+    def informed(self, adapters: Mapping[str, Adapter], tasks: Sequence[Task]) -> Router:
+        """This router with what it takes from the tasks that are at hand, such as what they say of themselves."""
+        return self
+
+    def fill(self, shared: Any, signs: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Sets what the gates share from the signatures of all adapters, and may refuse one. Raises `MixError`."""
+
+    def meet(self, shared: Any, model: Model) -> None:
+        """Called when the mix is attached to a base: for what needs its tokenizer."""
+
     # Signatures
 
     def sign(self, adapter: Adapter, model: Model | None, data: Task | None, seed: int = 0) -> dict[str, Tensor]:
@@ -224,9 +248,21 @@ class Router:
     def stepped(self, gates: Sequence[Gate], shared: Any) -> None:
         """Called after each step of the optimiser."""
 
+    def passed(self) -> dict[str, Any]:
+        """The settings that a router takes over which is put on the experts of a mixture that this one weighed."""
+        return {}
+
+    def gathered(self, adapters: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+        """What becomes of given adapters before they are put into a mixture that learns."""
+        return adapters
+
     def finish(self, adapter: Adapter) -> Adapter:
         """What learning leaves of a mixture."""
         return adapter
+
+    def facts(self, adapters: Mapping[str, Adapter], gates: Sequence[Gate], shared: Any) -> dict[str, Any]:
+        """What it has learned to say of its adapters, as plain values: kept in a mixture's card."""
+        return {}
 
     # Settings
 
@@ -288,6 +324,16 @@ class RowShared(Part):
         super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
         self.names = tuple(names)
 
+    def of(self, names: tuple[str, ...]) -> Tensor:
+        """The columns of some adapters. Raises `MixError` before the first forward."""
+        if self.weights is None:
+            raise MixError(
+                f"the router {self.form.name!r} weighs the rows of a whole forward, and a part of the model was called alone; "
+                "call the model, or model.features"
+            )
+        place = [self.names.index(name) for name in names]
+        return self.weights if place == list(range(len(self.names))) else self.weights[:, place]
+
 
 class RowGate(Gate):
     """The columns of the adapters that have a patch at this site."""
@@ -295,14 +341,7 @@ class RowGate(Gate):
     shared: RowShared
 
     def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
-        if self.shared.weights is None:
-            raise MixError(
-                f"the router {self.router.name!r} weighs the rows of a whole forward, and a part of the model was called alone; "
-                "call the model, or model.features"
-            )
-        place = [self.shared.names.index(name) for name in self.names]
-        values = self.shared.weights if place == list(range(len(self.shared.names))) else self.shared.weights[:, place]
-        return by_row(self.site, self.names, values, x, y)
+        return by_row(self.site, self.names, self.shared.of(self.names), x, y)
 
 
 @dataclass(frozen=True)

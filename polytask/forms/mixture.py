@@ -16,6 +16,7 @@ from polytask.core.gate import Gate, Router
 from polytask.core.routing import Routing, places_of
 from polytask.core.site import Site
 
+from . import _poly_files
 from .union import Joined
 
 if TYPE_CHECKING:
@@ -134,6 +135,26 @@ class Mixture(Form):
 
     def finish(self, adapter: Adapter) -> Adapter:
         return self.router.finish(adapter)
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("peft_type") in (cls.peft_type, _poly_files.KIND)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str = "") -> Form:
+        if config.get("peft_type") != _poly_files.KIND:
+            return super().from_peft(config, path)
+        return cls(**_poly_files.settings(config))
+
+    @classmethod
+    def packed_sites(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Site] | None:
+        return _poly_files.sites(tensors)
+
+    @classmethod
+    def unpack(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: Sequence[Site]
+    ) -> dict[str, dict[str, Tensor]]:
+        return _poly_files.parts(config, tensors, sites)
 
 
 def _with(form: Mixture, **changes: Any) -> Mixture:

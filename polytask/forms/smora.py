@@ -50,6 +50,7 @@ class SMoRA(Form):
     dropout: float = 0.0
 
     mergeable: ClassVar[bool] = False
+    routes: ClassVar[bool] = True
     peft_type: ClassVar[str] = "POLYTASK_SMORA"
     paper: ClassVar[str] = "arXiv 2501.15103"
 
@@ -121,4 +122,4 @@ class SMoRAPatch(Patch):
             return
         self.__dict__["_step"] = call.step
         counts = torch.bincount(index.reshape(-1), minlength=len(self.beta)).float()
-        self.beta += self.form.balance * torch.sign(counts.mean() - counts)
+        self.beta.add_(self.form.balance * torch.sign(counts.mean() - counts))

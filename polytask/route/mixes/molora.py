@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.form import Call
+from polytask.core.balance import Tally, by_row, load_balance
+from polytask.core.form import Call, Part
 from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
 from polytask.core.site import Site
+
+if TYPE_CHECKING:
+    from polytask.core.attach import Hub
 
 
 @routers.register("molora")
@@ -24,26 +28,75 @@ class MoLoRA(TokenRouter):
         top_k: how many experts act for a token, their weights summing to one; all where 0.
         temperature: the scores are divided by it.
         deviation: of the normal distribution that W starts from.
+        balance: of the load-balancing loss ``sum_e f_e P_e`` that each site adds to a step's: f_e is N times the share of real
+            tokens whose chosen experts e is among (the best one where all act), P_e the mean of its probability. None at 0.
 
     Reference: Zadouri et al., Pushing Mixture of Experts to the Limit, arXiv 2309.05444, where all experts act. Its option of the
-    best few leaves their weights below one; ours are the softmax over the chosen.
+    best few leaves their weights below one; ours are the softmax over the chosen. The loss is that of Switch, arXiv 2101.03961;
+    ours leaves padding out.
     """
 
     deviation: float = 0.02
+    balance: float = 0.0
 
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
     trains: ClassVar[Any] = "gates and adapters"
     paper: ClassVar[str] = "arXiv 2309.05444"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least("deviation", 0.0)
+        self.at_least("balance", 0.0)
 
     def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
         return LinearGate(self, site, names)
 
+    def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> Part | None:
+        return Tally(self, names) if self.balance else None
+
+    def begin(self, shared: Tally | None, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
+        if shared is not None:
+            shared.begin()
+
+    def penalty(self, gates: Sequence[Gate], shared: Tally | None) -> Tensor | None:
+        told = None if shared is None else shared.take()
+        return None if told is None else self.balance * told
+
+    def uneven(self, gate: Gate, scores: Tensor, call: Call) -> Tensor:
+        """The loss of one forward at one site.
+
+        Args:
+            gate: of the site.
+            scores: [..., N].
+            call: what this forward knows.
+        """
+        given, there = by_row(gate.site, scores, call)
+        index = given.topk(min(self.top_k or 1, given.shape[-1]), -1).indices
+        return load_balance((given / self.temperature).softmax(-1), index, there)
+
+
+@routers.register("lora-moe")
+@dataclass(frozen=True)
+class LoRAMixture(MoLoRA):
+    """The sparse mixture of LoRAs of the field: `molora` with the best two experts for each token, and a loss that keeps all
+    experts in use.
+
+    Args:
+        top_k, temperature, deviation, balance: as for ``molora``.
+
+    Reference: the loss Fedus et al., Switch Transformers, arXiv 2101.03961, with its factor; the defaults are ours.
+    """
+
+    top_k: int = 2
+    balance: float = 0.01
+
+    paper: ClassVar[str] = "arXiv 2101.03961"
+
 
 class LinearGate(TokenGate):
     """W [N, i]."""
+
+    shared: Tally | None
 
     def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
         super().__init__(router, site, names)
@@ -54,4 +107,7 @@ class LinearGate(TokenGate):
             self.W.normal_(std=self.router.deviation, generator=generator)
 
     def scores(self, x: Tensor, call: Call) -> Tensor:
-        return F.linear(x.to(self.W.dtype), self.W)
+        scores = F.linear(x.to(self.W.dtype), self.W)
+        if self.shared is not None and self.shared.open and self.W.requires_grad:
+            self.shared.tell(self.site.name, self.router.uneven(self, scores, call))
+        return scores

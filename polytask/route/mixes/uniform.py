@@ -11,7 +11,7 @@ from torch import Tensor
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError, listing
 from polytask.core.form import Call, Part, Weights
-from polytask.core.gate import Gate, Router, RowShared, routers
+from polytask.core.gate import Gate, Router, RowShared, routers, serving
 from polytask.core.mix import PerRow
 from polytask.core.site import Site
 
@@ -62,11 +62,7 @@ class Oracle(Router):
             if unknown:
                 raise MixError(f"oracle: {listing(unknown)} is none of the adapters, which are {listing(adapters)}")
             return self
-        found: dict[str, str] = {}
-        for name, adapter in adapters.items():
-            for task in (name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]):
-                found.setdefault(task, name)
-        return replace(self, serves={task: name if task not in adapters else task for task, name in found.items()})
+        return replace(self, serves=serving(adapters))
 
     def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
         return OracleGate(self, site, names)
