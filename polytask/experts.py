@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def kshot_experts(
     examples: int = 1000,
     embed: Embedder | None = None,
     apart: float = 0.1,
-    router: Router | str | None = None,
+    router: Router | str | Mapping[str, Any] | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     **options: Any,

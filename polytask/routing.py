@@ -126,19 +126,35 @@ def _signs(
     """The signature of each adapter: the library's, or made now (and kept there)."""
     if not router.signature:
         return {}
-    keep, known = getattr(source, "sign", None), getattr(source, "signature", None)
     named = {task.name: task for task in tasks}
+    settings = router.settings()
+    how: dict[str, Any] = {name: settings[name] for name in router.signed_by}
+    if how:
+        how["seed"] = seed
     found = {}
     for name, adapter in adapters.items():
-        made = known(name, router.signature) if known is not None else None
+        of = [name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
+        task = next((named[task] for task in of if task in named), None)
+        made = _kept(source, name, router.signature, how, task)
         if not made:
-            of = [name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
-            task = next((named[task] for task in of if task in named), None)
             try:
                 made = router.sign(adapter, base, task, seed)
             except MixError as error:
                 raise MixError(f"the adapter {name!r}: {error}") from error
-            if keep is not None:
-                keep(name, router.signature, made, {"seed": seed, **({"data": task.hash} if task is not None else {})})
+            if hasattr(source, "sign"):
+                source.sign(name, router.signature, made, {"how": how, "task": None if task is None else task.hash})
         found[name] = dict(made)
+    return found
+
+
+def _kept(source: Any, name: str, kind: str, how: Mapping[str, Any], task: Task | None) -> Mapping[str, Tensor] | None:
+    """The signature that a library has; where the task is at hand, only one that was made as it would be now."""
+    if not hasattr(source, "signature"):
+        return None
+    about = source.about(name, kind)
+    if about is None:
+        return None
+    if task is not None and (about.get("how", {}) != dict(how) or about.get("task") not in (None, task.hash)):
+        return None  # it can be made anew
+    found: Mapping[str, Tensor] | None = source.signature(name, kind)
     return found

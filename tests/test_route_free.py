@@ -608,6 +608,9 @@ class TestLibrary:
         for site, gate in mix.gates.items():
             assert torch.equal(again.gates[site].v, gate.v)
         again.detach(encoder)
+        more = pt.route(lib, "phatgoose", data=tasks, steps=3)  # another way to learn them: they are learned anew
+        assert not any(torch.equal(more.gates[site].v, gate.v) for site, gate in mix.gates.items())
+        more.detach(encoder)
         pt.route(lib, "nearest", data=tasks).detach(encoder)
         row = pt.route(lib, "centroid")  # and the centroids
         assert row.shared.v.shape == (2, 1, 32)

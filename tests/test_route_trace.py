@@ -138,6 +138,40 @@ class TestCommand:
         mix = Routing.load(tmp_path / "m.safetensors", tmp_path / "m")
         assert set(mix.heads) == {"one", "two"}
 
+    def test_groups(self, run, base, data, library, tmp_path):
+        code, out, err = run("route", "mbc", library, "--set", "k=2", "--json")
+        assert code == 0, err
+        assert json.loads(out)["groups"] == [["one"], ["two"]]
+        code, out, err = run(
+            "route",
+            "mbc",
+            library,
+            "--set",
+            "k=1",
+            "--set",
+            "epochs=1",
+            "--base",
+            base,
+            "--data",
+            data,
+            "--out",
+            tmp_path / "g",
+        )
+        assert code == 0 and "group0: one, two" in out, err
+        assert (tmp_path / "g" / "group0" / "adapter_config.json").is_file()
+
+    def test_experts_for_a_few_examples(self, run, base, data, tmp_path):
+        code, _, err = run("learn", data, "--base", base, "--epochs", 1, "--out", tmp_path / "own")
+        assert code == 0, err
+        code, out, err = run(
+            "route", "kshot-experts", tmp_path / "own", "--base", base, "--data", data / "one", "--set", "k=4", "--set",
+            "experts=2", "--set", "epochs=1", "--pool", data / "two", "--out", tmp_path / "m.safetensors", "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        found = json.loads(out)
+        assert sorted(found["chosen"]) == ["one", "two"] and found["examples"] >= 4
+        assert Routing.load(tmp_path / "m.safetensors", tmp_path / "m").heads
+
     def test_the_list(self, run):
         code, out, _ = run("route", "list", "--json")
         records = {record["name"]: record for record in json.loads(out)}
@@ -151,6 +185,8 @@ class TestCommand:
             (("--router", "arrow:topk=2"), "did you mean 'top_k'"),
             (("--router", "molora"), "learns; give the base"),
             (("--set", "epochs"), "write a setting and its value"),
+            (("more",), "no word of route"),
+            (("more", "and more"), "not polytask route"),
         ],
     )
     def test_wrong_flags(self, run, library, arguments, message):

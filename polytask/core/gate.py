@@ -161,6 +161,7 @@ class Router:
         trains: what learns: nothing, its gates beside frozen adapters, the adapters, or both.
         kinds: the kinds of site where it can weigh adapters; any where empty.
         signature: the kind of signature of an adapter that it needs; none where empty.
+        signed_by: the settings that such a signature depends on.
         alike: whether experts that start fresh start as copies of one.
         exceptions: checks of the contract suite that do not hold for it, each with the reason.
     """
@@ -172,6 +173,7 @@ class Router:
     trains: ClassVar[Literal["nothing", "gates", "adapters", "gates and adapters"]] = "nothing"
     kinds: ClassVar[tuple[str, ...]] = ()
     signature: ClassVar[str] = ""
+    signed_by: ClassVar[tuple[str, ...]] = ()
     alike: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
 

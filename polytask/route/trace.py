@@ -42,6 +42,7 @@ class Trace:
             that task's.
         chance: what picking any adapter would agree.
         examples: for one example of each task its tokens and their weights, [S][T][N].
+        facts: what the router tells of itself, such as which adapters a task uses.
     """
 
     router: dict[str, Any]
@@ -53,6 +54,7 @@ class Trace:
     agreement: dict[str, float | None] = field(default_factory=dict)
     chance: float = 0.0
     examples: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -83,6 +85,7 @@ class Trace:
                 else f"its own leads at {own:.0%} of tokens (chance {self.chance:.0%})"
             )
             lines.append(f"{task}: {', '.join(f'{name} {share:.2f}' for share, name in top)}; {said}")
+        lines += [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in self.facts.items()]
         return "\n".join(lines)
 
 
@@ -137,6 +140,7 @@ def trace(
     serves = Oracle().fitted(mix.adapters).settings()["serves"]
     everything = _Sums(names, sites)
     made = Trace({"name": mix.router.name, **mix.router.settings()}, names, chance=1.0 / len(names))
+    made.facts = dict(mix.facts)
     for task in tasks:
         rows = getattr(task, split)[:examples]
         if not rows:

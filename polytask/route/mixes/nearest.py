@@ -70,6 +70,7 @@ class Nearest(TextRouter):
             raise ConfigError(f"nearest: temperature must be above 0, got {self.temperature!r}")
         kind = "" if self.by == "text" else "data" if self.to == "centroid" else "examples"
         object.__setattr__(self, "signature", kind)
+        object.__setattr__(self, "signed_by", ("examples",) if kind == "examples" else ())
 
     @property
     def needs(self) -> bool:

@@ -50,6 +50,7 @@ class PhatGoose(TokenRouter):
     batch_size: int = 16
 
     signature: ClassVar[str] = "phatgoose"
+    signed_by: ClassVar[tuple[str, ...]] = ("steps", "lr", "batch_size")
     paper: ClassVar[str] = "arXiv 2402.05859"
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
@@ -68,8 +69,7 @@ class PhatGoose(TokenRouter):
         for site, patch in adapter.patches.items():
             if reason := self.refuses(patch.site, {adapter.name: patch}):
                 raise MixError(f"{reason} (at {site!r})")
-        how = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size}
-        return learned_gates(adapter, model, data, **how, seed=seed)  # type: ignore[arg-type]  # by name
+        return learned_gates(adapter, model, data, steps=self.steps, lr=self.lr, batch_size=self.batch_size, seed=seed)
 
     def fill(self, shared: Any, signs: Mapping[str, Mapping[str, Tensor]]) -> None:
         super().fill(shared, signs)
