@@ -282,7 +282,7 @@ def test_a_killed_writer_leaves_nothing_half(base, lib, point):
     again = Library(lib.root)
     assert ("a9" in again) == there and len(again) == 3 + there
     assert [f.what for f in again.findings] == (["unindexed"] if there else [])
-    assert not there or (again["a9"].hash == new.hash and again.show("a9").signatures == ("sketch",))
+    assert not there or (again["a9"].hash == new.hash and again.show("a9").signatures == ("arrow", "sketch"))
     left = list(lib.root.glob(".tmp-*"))
     assert len(left) == (not there)
     assert [f.what for f in again.check() if not f.repaired] == ["leftover"] * len(left) and left == list(
@@ -712,19 +712,19 @@ def test_thin_factors_are_the_change(family, sites):
 
 def test_a_signature_of_ones_own_is_kept(lib):
     tensors = {"encoder.layer.0": torch.randn(3, 4), "": torch.arange(2)}
-    lib.sign("a0", "arrow", tensors, {"data": "abc"})
+    lib.sign("a0", "own", tensors, {"data": "abc"})
     again = Library(lib.root)
-    assert all(torch.equal(again.signature("a0", "arrow")[k], v) for k, v in tensors.items())
-    assert again.about("a0", "arrow") == {"data": "abc", "adapter": lib.hashes["a0"]}
-    assert again.signature("a1", "arrow") is None and list(again.signatures("arrow")) == ["a0"]
-    assert [e.name for e in again.find("signature:arrow")] == ["a0"]
-    lib.sign("a0", "arrow", {"": torch.ones(1)})
-    assert again.signature("a0", "arrow")[""].tolist() == [1.0] and "arrow" in again.show("a0").signatures
+    assert all(torch.equal(again.signature("a0", "own")[k], v) for k, v in tensors.items())
+    assert again.about("a0", "own") == {"data": "abc", "adapter": lib.hashes["a0"]}
+    assert again.signature("a1", "own") is None and list(again.signatures("own")) == ["a0"]
+    assert [e.name for e in again.find("signature:own")] == ["a0"]
+    lib.sign("a0", "own", {"": torch.ones(1)})
+    assert again.signature("a0", "own")[""].tolist() == [1.0] and "own" in again.show("a0").signatures
     for kind in ("", "a/b", ".."):
         with pytest.raises(LibraryError, match="cannot be a kind"):
             lib.sign("a0", kind, tensors)
     with pytest.raises(LibraryError, match="has no adapter 'b0'"):
-        lib.sign("b0", "arrow", tensors)
+        lib.sign("b0", "own", tensors)
     clean(lib.root)
 
 
@@ -767,3 +767,31 @@ def test_every_command_of_the_page_is_understood(run):
     from polytask.cli.library import library
 
     assert said == {c.name or c.callback.__name__ for c in library.registered_commands}
+
+
+def test_what_routers_need_is_made_when_an_adapter_comes(encoder, tmp_path):
+    """Arrow's directions from the weights, PHATGOOSE's gates from one task; the mixes made of them need no data."""
+    task = colours(name="a")
+    form = {"name": "lora", "rank": 2, "init": "random"}
+    adapter = pt.Adapter.new(encoder, form, "layer==0 & role:query", name="a").trainable(False)
+    with pt.Library(tmp_path / "lib", encoder) as lib:
+        lib.add(adapter, "a", data=task)
+        assert {"arrow", "phatgoose", "sketch"} <= set(lib.show("a").signatures)
+        arrow, gates = lib.signature("a", "arrow"), lib.signature("a", "phatgoose")
+        for router, kept in (("arrow", arrow), ("phatgoose", gates)):
+            mix = pt.route(lib, router)
+            for site, gate in mix.gates.items():
+                torch.testing.assert_close(gate.v[0] / gate.v[0].norm(), _scaled(kept[site], router))
+            mix.detach(encoder)
+        again = pt.route(lib, "phatgoose", data=task)  # as it would be made now: not made again
+        assert lib.about("a", "phatgoose")["task"] == task.hash and again.names() == ("a",)
+    with pt.Library(tmp_path / "few", encoder, signatures=["sketch"]) as few:
+        few.add(adapter, "a", data=task)
+        assert few.show("a").signatures == ("sketch",)
+    with pytest.raises(ConfigError, match="sketch"):
+        pt.Library(tmp_path / "other", signatures=["sketches"])
+
+
+def _scaled(v, router):
+    v = v - v.mean() if router == "phatgoose" else v
+    return v / v.norm()

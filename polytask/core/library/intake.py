@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def staged(
     adapter: Adapter, place: Path, name: str, tags: tuple[str, ...], tasks: Sequence[Task], model: Model | None,
-    embed: Embedder | None,
+    embed: Embedder | None, kinds: Collection[str] | None = None,
 ) -> Entry:  # fmt: skip
     """Writes everything of an adapter into a folder that nobody sees yet. Returns its entry.
 
@@ -35,6 +35,7 @@ def staged(
         tasks: what it learned from, where data is at hand.
         model: the base, where it is at hand.
         embed: makes vectors of texts.
+        kinds: of signatures that are computed; all when None.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -46,18 +47,24 @@ def staged(
     own.save(place)
     said = json.loads((place / CARD).read_bytes())
     entry = describe(own, name, tags, datetime.now(UTC).isoformat(timespec="microseconds"), str(said["hash"]))
-    return completed(own, place, replace(entry, folder=name), tasks, model, embed)
+    return completed(own, place, replace(entry, folder=name), tasks, model, embed, kinds)
 
 
 def completed(
-    adapter: Adapter, place: Path, entry: Entry, tasks: Sequence[Task], model: Model | None, embed: Embedder | None
+    adapter: Adapter,
+    place: Path,
+    entry: Entry,
+    tasks: Sequence[Task],
+    model: Model | None,
+    embed: Embedder | None,
+    kinds: Collection[str] | None,
 ) -> Entry:
     """Adds every signature that can be computed and the hashes of the files, and writes the record."""
     from ..signature import Subject, encoded, signatures
 
     subject = Subject(adapter, model, tasks, embed)
     with writing(place):
-        for kind in signatures:
+        for kind in signatures if kinds is None else kinds:
             made = signatures.make(kind).sign(subject)
             if made is not None:
                 (place / SIGNATURES).mkdir(exist_ok=True)
@@ -68,7 +75,13 @@ def completed(
 
 
 def adopted(
-    root: Path, folder: Path, before: Entry | None, write: bool, model: Model | None, embed: Embedder | None
+    root: Path,
+    folder: Path,
+    before: Entry | None,
+    write: bool,
+    model: Model | None,
+    embed: Embedder | None,
+    kinds: Collection[str] | None = None,
 ) -> Entry:
     """The entry of an adapter that lies in the library already.
 
@@ -79,6 +92,7 @@ def adopted(
         write: also compute its signatures, and write its record.
         model: the base, where it is at hand.
         embed: makes vectors of texts.
+        kinds: of signatures that are computed; all when None.
 
     Raises:
         AdapterError: it cannot be read.
@@ -98,7 +112,7 @@ def adopted(
     tags, added = (before.tags, before.added or when) if before else ((), when)
     entry = replace(describe(adapter, name, tags, added, hash), folder=folder.relative_to(root).as_posix())
     if write:
-        return completed(adapter, folder, entry, (), model, embed)
+        return completed(adapter, folder, entry, (), model, embed, kinds)
     return entry.with_files(stamps(folder))
 
 

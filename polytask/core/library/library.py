@@ -49,6 +49,7 @@ class Library(Shelf):
         path: the folder; made when something is added.
         model: the base, or what `Model.load` takes; loaded when it is needed.
         embed: makes vectors of texts for the signature ``text``.
+        signatures: the kinds that are computed when an adapter is added, as far as what they need is at hand; all when None.
         repair: put right what is found when it is opened; else it is only told (`findings`).
 
     Attributes:
@@ -57,6 +58,7 @@ class Library(Shelf):
 
     Raises:
         LibraryError: the path is a file.
+        ConfigError: there is no such kind of signature.
         StorageError: the index cannot be written.
     """
 
@@ -101,7 +103,7 @@ class Library(Shelf):
         place = temporary(self.root)
         try:
             tasks = [] if data is None else list(data) if isinstance(data, Sequence) else [data]
-            entry = staged(found, place, chosen, words, tasks, self._base(bool(tasks)), self._embed)
+            entry = staged(found, place, chosen, words, tasks, self._base(bool(tasks)), self._embed, self._kinds)
             with self._ready().writing() as db, writing(self.root):
                 if check_base:
                     self._check_base(found)  # another may have been the first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from weakref import WeakValueDictionary
@@ -37,6 +37,7 @@ class Shelf(Mapping[str, "Adapter"]):
         model: Model | str | None = None,
         *,
         embed: Embedder | None = None,
+        signatures: Collection[str] | None = None,
         repair: bool = True,
     ) -> None:
         self.root = Path(path).expanduser()
@@ -45,6 +46,11 @@ class Shelf(Mapping[str, "Adapter"]):
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         self._model, self._embed = model, embed
+        self._kinds: tuple[str, ...] | None = None
+        if signatures is not None:
+            from ..signature import signatures as known
+
+            self._kinds = tuple(known[kind].name for kind in signatures)  # which says what there is
         self._repair = repair and os.access(self.root, os.W_OK)
         self._kept: WeakValueDictionary[tuple[str, str], Adapter] = WeakValueDictionary()
         self._index = Index(self.root, self._repair)
@@ -66,7 +72,7 @@ class Shelf(Mapping[str, "Adapter"]):
 
     def _adopt(self, folder: Path, before: Entry | None, write: bool) -> Entry:
         """Reads an adapter that the index does not know, or not as it is now."""
-        return adopted(self.root, folder, before, write and self._repair, self._base(), self._embed)
+        return adopted(self.root, folder, before, write and self._repair, self._base(), self._embed, self._kinds)
 
     def _base(self, needed: bool = False) -> Model | None:
         """The base for signatures: one that is given by name is not loaded for what does not need it."""
