@@ -11,8 +11,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.callables import Embedder
 from polytask.core.errors import ConfigError, MixError, listing
 from polytask.core.gate import Router
+from polytask.core.given import given
 from polytask.core.model import Model
-from polytask.core.routing import given
 from polytask.core.task import Example, Task, read_tasks
 from polytask.learn.learner import learn
 from polytask.route.cluster import Clusters, clusters

@@ -12,10 +12,12 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MixError, listing
 from polytask.core.files import CONFIG
 from polytask.core.gate import Router
+from polytask.core.given import given
 from polytask.core.model import Model
-from polytask.core.routing import Routing, given
+from polytask.core.routing import Routing
 from polytask.core.task import Task, read_tasks
-from polytask.forms.mixture import Mixture, experts_of, mixture_of, routing_of
+from polytask.forms.experts import mixture_of, routing_of
+from polytask.forms.mixture import Mixture, experts_of
 from polytask.learn.learner import learn
 
 

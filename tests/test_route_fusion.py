@@ -20,7 +20,8 @@ from polytask.core.form import NO_CALL
 from polytask.core.gate import Router
 from polytask.core.routing import Routing
 from polytask.core.site import Site
-from polytask.forms.mixture import experts_of, mixture_of, routing_of
+from polytask.forms.experts import mixture_of, routing_of
+from polytask.forms.mixture import experts_of
 
 PFEIFFER = {"name": "bottleneck", "style": "pfeiffer", "width": 4}
 

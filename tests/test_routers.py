@@ -12,7 +12,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, MixError
 from polytask.core.gate import Router, routers
 from polytask.core.routing import Routing
-from polytask.forms.mixture import Mixture, experts_of, mixture_of, routing_of
+from polytask.forms.experts import mixture_of, routing_of
+from polytask.forms.mixture import Mixture, experts_of
 
 NAMES = ("a", "b", "c")
 FREE = [name for name in routers if routers[name].trains == "nothing"]

@@ -20,7 +20,8 @@ from polytask.core.attach import INPUTS, Hub, Slot, calling
 from polytask.core.errors import AdapterError, MergeError, listing
 from polytask.core.files import write, writing
 from polytask.core.form import NO_CALL, Call, Weights
-from polytask.core.gate import by_row, goes_on
+from polytask.core.gate import by_row
+from polytask.core.gates import goes_on
 from polytask.core.head import Head
 from polytask.core.mix import Fixed, Mix, Single
 from polytask.core.model import Model, pool

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError
-from polytask.core.gate import Router, RowShared
+from polytask.core.gate import Router
+from polytask.core.gates import RowShared
 from polytask.core.model import Model
 from polytask.core.reading import inputs_of, means
 from polytask.core.signature import Subject, signatures

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError
 from polytask.core.form import Call, Patch
-from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
+from polytask.core.gate import Gate, routers
+from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task

@@ -13,7 +13,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.attach import Hub
 from polytask.core.errors import ConfigError
 from polytask.core.form import Call
-from polytask.core.gate import RowRouter, goes_on, routers
+from polytask.core.gate import routers
+from polytask.core.gates import RowRouter, goes_on
 from polytask.core.model import Model
 from polytask.core.reading import means_of, packed
 from polytask.core.site import Site

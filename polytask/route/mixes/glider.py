@@ -10,7 +10,8 @@ from torch import Tensor
 
 from polytask.core.attach import Hub
 from polytask.core.form import Call
-from polytask.core.gate import Gate, RowRouter, RowShared, by_row, routers
+from polytask.core.gate import Gate, by_row, routers
+from polytask.core.gates import RowRouter, RowShared
 from polytask.core.site import Site
 from polytask.route.by_text import TextRouter
 

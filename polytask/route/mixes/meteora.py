@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
 from polytask.core.form import Call, Part
-from polytask.core.gate import Gate, Router, TokenGate, TokenRouter, learning, routers, serving
+from polytask.core.gate import Gate, Router, learning, routers, serving
+from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.site import Site
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError
 from polytask.core.form import Call, Part, Weights, per_row
-from polytask.core.gate import Gate, Hosts, Router, by_row, goes_on, routers
+from polytask.core.gate import Gate, Hosts, Router, by_row, routers
+from polytask.core.gates import goes_on
 from polytask.core.mix import act
 from polytask.core.rows import padded, tokens
 from polytask.core.site import Site

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from polytask.core.balance import Tally, by_row, load_balance
 from polytask.core.form import Call, Part
-from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
+from polytask.core.gate import Gate, routers
+from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.site import Site
 
 if TYPE_CHECKING:

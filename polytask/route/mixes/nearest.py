@@ -13,7 +13,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.attach import Hub
 from polytask.core.errors import ConfigError, listing
 from polytask.core.form import Call
-from polytask.core.gate import RowShared, routers
+from polytask.core.gate import routers
+from polytask.core.gates import RowShared
 from polytask.core.model import Model
 from polytask.core.reading import means_of
 from polytask.core.site import Site

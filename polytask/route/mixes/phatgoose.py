@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError, listing
 from polytask.core.form import Call
-from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
+from polytask.core.gate import Gate, routers
+from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task

@@ -11,7 +11,8 @@ from torch import Tensor
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MixError, listing, nearest
 from polytask.core.form import Call, Weights
-from polytask.core.gate import Gate, Router, RowShared, routers
+from polytask.core.gate import Gate, Router, routers
+from polytask.core.gates import RowShared
 from polytask.core.site import Site
 from polytask.route.by_task import picked
 

@@ -13,7 +13,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.change import change_at
 from polytask.core.errors import ConfigError, MixError, listing
 from polytask.core.form import Call, Patch, Weights
-from polytask.core.gate import Gate, TokenGate, TokenRouter, routers
+from polytask.core.gate import Gate, routers
+from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task

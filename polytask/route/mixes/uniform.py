@@ -11,7 +11,8 @@ from torch import Tensor
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError, listing
 from polytask.core.form import Call, Part, Weights
-from polytask.core.gate import Gate, Router, RowShared, routers, serving
+from polytask.core.gate import Gate, Router, routers, serving
+from polytask.core.gates import RowShared
 from polytask.core.mix import PerRow
 from polytask.core.site import Site
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError, MixError
 from polytask.core.form import Call, Part, Weights
-from polytask.core.gate import Gate, TokenRouter, by_row, goes_on, routers
+from polytask.core.gate import Gate, by_row, routers
+from polytask.core.gates import TokenRouter, goes_on
 from polytask.core.site import Site
 from polytask.route.layers import fill, grow, stream, through
 
