@@ -14,7 +14,6 @@ from polytask.core.gate import Router
 from polytask.core.given import given
 from polytask.core.model import Model
 from polytask.core.task import Example, Task, read_tasks
-from polytask.learn.learner import learn
 from polytask.route.cluster import Clusters, clusters
 from polytask.route.kshot import MOST, Experts, diverse, near, rank, shots_of
 from polytask.routing import route, source_of
@@ -63,6 +62,8 @@ def mbc(
         if options:
             raise ConfigError(f"mbc has no setting {listing(options)} where nothing is learned; give tasks too (data=)")
         return found
+    from polytask.learn.learner import learn  # only here: it takes seconds to import
+
     base = _base(model, source, "mbc learns an adapter for each group")
     tasks = [data] if isinstance(data, Task) else read_tasks(data) if isinstance(data, str | Path) else list(data)
     learned: dict[str, Adapter] = {}

@@ -18,7 +18,6 @@ from polytask.core.routing import Routing
 from polytask.core.task import Task, read_tasks
 from polytask.forms.experts import mixture_of, routing_of
 from polytask.forms.mixture import Mixture, experts_of
-from polytask.learn.learner import learn
 
 
 def route(
@@ -70,6 +69,8 @@ def route(
         return mix if base is None else mix.attach(base)
     if base is None or not tasks:
         raise ConfigError(f"the router {chosen.name!r} learns; give the base (model=) and tasks to learn from (data=)")
+    from polytask.learn.learner import learn  # only here: it takes seconds to import
+
     adapters = dict(chosen.gathered(adapters))
     mixture = mixture_of(chosen.told([task.name for task in tasks]), adapters, seed, train, name=chosen.name)
     learned: Adapter = learn(

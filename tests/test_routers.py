@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import colours, same_state
@@ -252,3 +255,18 @@ def test_what_it_refuses(encoder):
         pass
     with pytest.raises(ConfigError, match="one for each"):
         Mixture(experts=3, forms=["lora", "lora"])
+
+
+def test_the_router_of_the_documents_works(encoder):
+    text = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[-1]
+    try:
+        exec(compile(code, "extending.md", "exec"), {"__name__": "tests.example"})
+        mix = pt.route(made(encoder), "linear", model=encoder, data=colours(name="a"), epochs=1, top_k=2)
+        assert (
+            mix.router.name == "linear"
+            and set(mix.heads) == {"a"}
+            and mix.size == sum(3 * gate.site.d_in for gate in mix.gates.values())
+        )
+    finally:
+        routers._items.pop("linear", None)
