@@ -82,6 +82,11 @@ class Mixture(Form):
         object.__setattr__(self, "default_sites", chosen[0].default_sites)
         object.__setattr__(self, "default_lr", min(own.default_lr for own in chosen))
 
+    def __repr__(self) -> str:
+        same = all(form == self.forms[0] for form in self.forms)
+        each = f"{len(self.forms)} x {self.forms[0]}" if same else ", ".join(map(str, self.forms))
+        return f"Mixture({self.router}, {each})"
+
     def settings(self) -> dict[str, Any]:
         plain = [{"name": form.name, **form.settings()} for form in self.forms]
         own: Any = plain[0] if all(each == plain[0] for each in plain) else plain
