@@ -43,7 +43,12 @@ class Bench:
         self.learn = {**config["learn"], "progress": False}
         self.cache = cache / f"{config['name']}-{seed}"
         made = learn_each(self.model, self.inside, out=self.cache / "own", seed=seed, say=say, **self.learn)
-        self.adapters = {task.name: adapter for task, adapter in zip(self.inside, made, strict=True)}
+        # a library keeps what routers make of an adapter's data, so that rows which need the same share it
+        self.library = pt.Library(self.cache / "library", self.model, signatures=())
+        for task, adapter in zip(self.inside, made, strict=True):
+            if task.name not in self.library:
+                self.library.add(adapter, task.name)
+        self.adapters = {task.name: self.library[task.name] for task in self.inside}
         self.heads = {name: adapter.heads[name] for name, adapter in self.adapters.items()}
 
     def row(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +71,8 @@ class Bench:
             seen = trace(self.model, routing, self.inside, examples=self.config["traced"])
             found["agreement"] = {name: value for name, value in seen.agreement.items() if value is not None}
             found["entropy"] = statistics.mean(seen.entropy)
-        found["cost"] = self._cost(mixes(self.inside[0]), heads.get(self.inside[0].name))
+        first = next(task for task in self.tasks if mixes(task) is not False)
+        found["cost"] = self._cost(mixes(first), first.name)
         self.model.detach()
         return found
 
@@ -107,9 +113,45 @@ class Bench:
         if entry.get("learn") is not None:
             more |= {**{k: v for k, v in self.learn.items() if k != "form"}, **entry["learn"]}
             more["out"] = self.cache / entry["name"]
-        mix = pt.route(self.adapters, router, model=self.model, seed=self.seed, **more, **settings)
+        mix = pt.route(self.library, router, model=self.model, seed=self.seed, **more, **settings)
         trained = mix.size if entry.get("learn") is not None else 0
         return (lambda task: mix), mix.heads or self.heads, trained, mix
+
+    def _alone(self, settings: dict[str, Any], entry: dict[str, Any]) -> Any:
+        """An adapter for each held-out task, from its own examples."""
+        import polytask as pt
+
+        found = {
+            task.name: pt.learn(
+                self.model,
+                task,
+                seed=self.seed,
+                out=self.cache / entry["name"] / task.name,
+                **{**self.learn, **settings},
+            )
+            for task in self.tasks
+            if task.name in self.held_out
+        }
+        names = {name: self.model.attach(adapter, f"new/{name}") for name, adapter in found.items()}
+        heads = {name: adapter.heads[name] for name, adapter in found.items()}
+        size = next(iter(found.values())).size
+        return (lambda task: names.get(task.name, False)), heads, size, None
+
+    def _each(self, settings: dict[str, Any], entry: dict[str, Any]) -> Any:
+        """A router for each held-out task, which learns from its examples over the adapters of the others."""
+        import polytask as pt
+
+        learn = {**{k: v for k, v in self.learn.items() if k != "form"}, **entry.get("learn", {})}
+        mixes = {
+            task.name: pt.route(
+                self.adapters, entry["method"], model=self.model, data=[task], seed=self.seed,
+                out=self.cache / entry["name"] / task.name, **learn, **settings,
+            )
+            for task in self.tasks
+            if task.name in self.held_out
+        }  # fmt: skip
+        heads = {name: mix.heads[name] for name, mix in mixes.items()}
+        return (lambda task: mixes.get(task.name, False)), heads, next(iter(mixes.values())).size, None
 
     # Measures
 
@@ -132,13 +174,12 @@ class Bench:
                 total += torch.stack([nll.double().sum(), count.double().sum()])
         return float(total[0] / total[1])
 
-    def _cost(self, mix: Any, head: Any, times: int = 9) -> float:
+    def _cost(self, mix: Any, name: str, times: int = 9) -> float:
         """Processor time of a forward over the bare one's: the median of ratios of neighbours."""
         import torch
 
         ids = torch.randint(5, 1000, (8, 64), generator=torch.Generator().manual_seed(0))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        name = self.inside[0].name
 
         def once(acting: Any) -> float:
             with torch.no_grad(), self.model.using(acting, tasks=name):
