@@ -7,15 +7,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MemoryLimitError
+from polytask.core.gate import Router
 from polytask.core.head import Head
 from polytask.core.metrics import Score
 from polytask.core.mix import MixLike
 from polytask.core.model import Model
+from polytask.core.routing import Routing
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
 from polytask.evaluate import table as _table
@@ -28,6 +31,7 @@ from polytask.merge.fit import fits
 from polytask.merge.given import adapter_of
 from polytask.merge.measure import merged_adapter
 from polytask.merge.trials import Sweep, Trial, trials
+from polytask.routing import route
 
 
 class Table(_table.Table):
@@ -47,6 +51,7 @@ def compare(
     *,
     joint: Adapter | bool = True,
     merges: Sequence[str | Mapping[str, Any]] = (),
+    routes: Sequence[str | Mapping[str, Any]] = (),
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
@@ -62,6 +67,7 @@ def compare(
         tasks: what to score on, or a path that `read_tasks` takes.
         joint: an adapter learned on all tasks, True to learn one with the settings on the first adapter's card, or False.
         merges: merge methods, each a row: names, or mappings of a name and settings.
+        routes: routers, each a row: the same. Those that learn do so on all tasks, with the settings on the first adapter's card.
         seed: of the bootstraps and of the joint training.
         say: is told what goes on.
         options: of `polytask.evaluate.compare.compare`: cross, general, batch_size, resamples.
@@ -94,8 +100,30 @@ def compare(
 
     wanted = joint if isinstance(joint, Adapter) else train if joint and len(chosen) > 1 else None
     mergers = {trial.name: _merger(trial, found, base, chosen, seed) for trial in trials(merges)}
-    table = _compare.compare(base, found, chosen, joint=wanted, merges=mergers, seed=seed, say=say, **options)
+    mixers = {_called(spec): partial(_mixed, spec, base=base, tasks=chosen, seed=seed) for spec in routes}
+    table = _compare.compare(
+        base, found, chosen, joint=wanted, merges=mergers, routes=mixers, seed=seed, say=say, **options
+    )
     return Table(**vars(table))
+
+
+def _called(spec: str | Mapping[str, Any]) -> str:
+    """``arrow top_k=1``, as merges are called."""
+    said = {"name": spec} if isinstance(spec, str) else dict(spec)
+    return " ".join([str(said.pop("name")), *[f"{key}={value}" for key, value in said.items()]])
+
+
+def _mixed(
+    spec: str | Mapping[str, Any], adapters: Mapping[str, Adapter], *, base: Model, tasks: Sequence[Task], seed: int
+) -> Routing:
+    learns: dict[str, Any] = {}
+    trains = Router.of(spec).trains
+    if "adapters" in trains:  # what comes of them stands beside them
+        adapters = {f"{name}, learned on": adapter for name, adapter in adapters.items()}
+    if trains != "nothing":
+        schedule = next(iter(adapters.values())).card.training.get("stage", {}).get("schedule", {})
+        learns = {**schedule, "snapshots": 0}
+    return route(adapters, spec, model=base, data=tasks, seed=seed, **learns)
 
 
 def _merger(

@@ -199,3 +199,28 @@ class TestCommand:
         assert code == 1 and "holds no mix" in err
         code, _, err = run("route", tmp_path / "nothing")
         assert code == 1 and "no folders of adapters" in err
+
+
+class TestCompare:
+    def test_routers_beside_the_others(self, run, base, data, tmp_path):
+        code, _, err = run("learn", data, "--base", base, "--epochs", 1, "--out", tmp_path / "lib")
+        assert code == 0, err
+        code, out, err = run(
+            "compare", tmp_path / "lib", data, "--base", base, "--no-joint", "--no-cross", "--route", "oracle", "--route",
+            "arrow:top_k=1", "--route", "scalearn", "--out", tmp_path / "report", "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        table = json.loads(out)
+        rows = {(row["method"], row["task"]): row["value"] for row in table["rows"]}
+        for task in ("one", "two"):  # a perfect router is each task by its own adapter
+            assert rows["routed: oracle", task] == rows["adapter per task", task]
+            assert rows["routed: scalearn", task] is not None
+        methods = {m["method"]: m for m in table["methods"]}
+        assert "routed: arrow top_k=1" in methods and methods["routed: scalearn"]["seconds"] > 0
+        assert "routed: oracle" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+    def test_the_base_is_as_before(self, encoder):
+        tasks = [colours(name="a"), colours(name="b", start=50)]
+        adapters = [pt.learn(encoder, task, epochs=1, progress=False) for task in tasks]
+        pt.compare(encoder, adapters, tasks, joint=False, cross=False, routes=["molora"], resamples=0)
+        assert encoder.attached == () and encoder.mix is None

@@ -217,6 +217,10 @@ def compare(
         list[str] | None,
         typer.Option("--merge", help="Also merge all adapters: ties, or ties:density=0.3; repeatable."),
     ] = None,
+    route: Annotated[
+        list[str] | None,
+        typer.Option("--route", help="Also all adapters behind a router: arrow, or arrow:top_k=2; repeatable."),
+    ] = None,
     cross: Annotated[bool, typer.Option("--cross/--no-cross", help="Every adapter on every task.")] = True,
     batch_size: Batch = 32,
     seed: Seed = 0,
@@ -226,6 +230,8 @@ def compare(
     """Put baselines, adapters, joint training and the average side by side; writes a report with pictures.
 
     Example: polytask compare lib examples/tasks --base minilm --out report
+
+    Example: polytask compare lib examples/tasks --merge ties --route arrow:top_k=2 --route nearest
     """
     from polytask.core.task import read_tasks
     from polytask.jobs import compare as run
@@ -235,7 +241,15 @@ def compare(
     folder = _need(library, "the folder of adapters")
     _writable(out)
     merges = [form_of(text, "--merge") for text in merge or []]
-    options = {"joint": joint, "merges": merges, "cross": cross, "seed": seed, "batch_size": batch_size}
+    routes = [form_of(text, "--route") for text in route or []]
+    options = {
+        "joint": joint,
+        "merges": merges,
+        "routes": routes,
+        "cross": cross,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     table = run(base, folder, found, say=_say, **options)
     page = Path(out) / "report.html"
     try:

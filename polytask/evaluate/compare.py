@@ -19,6 +19,7 @@ from polytask.core.metrics import METRICS, Score, default_metric, majority, scor
 from polytask.core.mix import Fixed, Mix
 from polytask.core.model import Model
 from polytask.core.predict import predict
+from polytask.core.routing import Routing
 from polytask.core.task import Task
 
 from .evaluator import evaluate
@@ -33,6 +34,7 @@ def compare(
     *,
     joint: Adapter | Callable[[], Adapter] | None = None,
     merges: Mapping[str, Callable[[], Adapter]] | None = None,
+    routes: Mapping[str, Callable[[Mapping[str, Adapter]], Routing]] | None = None,
     cross: bool = True,
     general: Task | None = None,
     batch_size: int = 32,
@@ -49,6 +51,7 @@ def compare(
         tasks: what to score on.
         joint: an adapter learned on all tasks together, or what makes one when its turn comes.
         merges: what makes one adapter of all, by the merge method's name.
+        routes: what makes a mix of the adapters by the names that they are attached as, by the router's name.
         cross: measure every adapter on every task.
         general: a task of kind ``lm`` that stands for a language model's own ability; the other tasks' inputs by default.
         batch_size: sequences per forward.
@@ -73,6 +76,8 @@ def compare(
             comparison.average()
         for name, made in (merges or {}).items():
             comparison.merged(name, made)
+        for name, mixed in (routes or {}).items():
+            comparison.routed(name, mixed)
         if cross:
             comparison.crossed(general)
     return comparison.table(time.perf_counter() - started)
@@ -208,6 +213,30 @@ class Comparison:
             self._method(f"merged: {method}", what, one, used=[adapter])
         finally:
             self.model.detach(name)
+
+    def routed(self, method: str, make: Callable[[Mapping[str, Adapter]], Routing]) -> None:
+        """All adapters behind a router, read by each task's own head, or by the one that it learned."""
+        self.say(f"routing by {method}")
+        before, started = self.model.attached, time.perf_counter()
+        with peak_memory(self.model.device) as peak:
+            mix = make({self.names[name]: adapter for name, adapter in self.adapters.items()}).attach(self.model)
+        spent = {"seconds": round(time.perf_counter() - started, 2), "peak_mb": peak.mb}
+
+        def one(task: Task) -> Score | None:
+            owner = self.own.get(task.name)
+            head = mix.heads.get(task.name) or (None if owner is None else self._head(owner, task))
+            return None if owner is None else self._score(task, mix, head)
+
+        try:
+            what = f"all adapters at once, weighed by {method}, with each task's own head"
+            self._method(f"routed: {method}", what, one, used=list(mix.adapters.values()), made=True)
+            entry = self.result.methods[-1]
+            entry["seconds"] = round(entry["seconds"] + spent["seconds"], 2)
+            entry["peak_mb"] = max(entry["peak_mb"] or 0.0, spent["peak_mb"] or 0.0) or None
+        finally:
+            for name in self.model.attached:
+                if name not in before:  # those that learned with their router
+                    self.model.detach(name)
 
     # The cross matrix, and what each adapter forgot
 
