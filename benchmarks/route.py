@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from polytask import Adapter, Mix, Model, PerRow, Weights
-from polytask.core.experts import top
 from polytask.core.form import Call
+from polytask.core.gate import chosen
 from polytask.core.site import Site
 
 from .core import PEFT, VOCAB, _resident, adapters, attached, decoder, difference, tokens
@@ -52,8 +52,7 @@ class Prototypes(Mix):
             prototypes = torch.nn.functional.normalize(torch.randn(len(names), x.shape[-1], generator=draw), dim=-1)
             self._prototypes[site.name] = prototypes
         scores = nn.functional.linear(x, prototypes)
-        scores, index = top(scores if self._signed else scores.abs(), self._k)
-        return Weights(names, scores.softmax(-1), index)
+        return Weights(names, *chosen(scores if self._signed else scores.abs(), self._k))
 
 
 def library(module: nn.Module, count: int) -> dict[str, Adapter]:

@@ -12,6 +12,7 @@ import polytask as pt
 from polytask.core import experts
 from polytask.core.errors import MixError
 from polytask.core.form import Bank, Call, Weights
+from polytask.core.gate import chosen
 from polytask.forms.lora import LoRABank
 
 torch.set_num_threads(1)
@@ -190,11 +191,14 @@ def test_any_shape(tokens, count, k, rank, i, o, seed, average):
         torch.testing.assert_close(step(x, out.clone(), A, B, index, values), want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_largest_scores():
+def test_the_softmax_of_the_largest_scores():
     scores = torch.tensor([[0.1, 3.0, -1.0], [2.0, 0.0, 5.0]])
-    values, index = experts.top(scores, 2)
-    assert index.tolist() == [[1, 0], [2, 0]] and torch.equal(values, scores.gather(1, index))
-    assert experts.top(scores, 9)[1].shape == (2, 3)
+    values, index = chosen(scores, 2, 0.5)
+    assert index.tolist() == [[1, 0], [2, 0]]
+    torch.testing.assert_close(values, (scores.gather(1, index) / 0.5).softmax(-1))
+    values, index = chosen(scores, 3)
+    assert index is None
+    torch.testing.assert_close(values, scores.softmax(-1))
 
 
 @pytest.mark.parametrize("step", [experts.outputs, experts.parameters])

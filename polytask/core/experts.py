@@ -31,17 +31,6 @@ def aligned(rank: int, dtype: torch.dtype) -> int:
     return -(-rank // step) * step
 
 
-def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest scores of each token and whose they are, [..., k] twice; of fewer than k, all.
-
-    Args:
-        scores: [..., N].
-        k: how many.
-    """
-    values, index = scores.topk(min(k, scores.shape[-1]), -1)
-    return values, index
-
-
 def outputs(x: Tensor, out: Tensor, A: Tensor, B: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """``out + sum_k w B_e^T (A_e x)``: the weighted sum of what the chosen experts give.
 
