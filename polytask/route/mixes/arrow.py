@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import MixError
 from polytask.core.form import Call, Patch
 from polytask.core.gate import Gate, routers
 from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task
+from polytask.route.spectrum import spectrum
 
 
 @routers.register("arrow")
@@ -46,7 +46,7 @@ class Arrow(TokenRouter):
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
 
     def sign(self, adapter: Adapter, model: Model | None, data: Task | None, seed: int = 0) -> dict[str, Tensor]:
-        return {site: direction(patch) for site, patch in adapter.patches.items()}
+        return {site: direction(patch, site, model) for site, patch in adapter.patches.items()}
 
     def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
         return ArrowGate(self, site, names)
@@ -68,25 +68,16 @@ class ArrowGate(TokenGate):
         return (x @ self.v.to(x.dtype).T).abs()
 
 
-@torch.no_grad()
-def direction(patch: Patch) -> Tensor:
-    """The unit vector [i] that a patch's change lengthens most; zero where it changes nothing. In fp32."""
-    pair = patch.thin()
-    if pair is None:
-        change = patch.delta() if patch.form.mergeable else None
-        if change is None:
-            raise MixError(
-                f"the form {patch.form.name!r} has no dense change of the weight at {patch.site.name!r}, which arrow looks at; "
-                "choose another router, or other adapters"
-            )
-        change = change.T if patch.site.transposed else change
-        _, size, v = torch.linalg.svd(change.double().cpu(), full_matrices=False)
-        found: Tensor = v[0] if float(size[0]) > 0.0 else torch.zeros_like(v[0])
-        return found.float()
-    B, A = (factor.double().cpu() for factor in pair)
-    if not bool(A.any()) or not bool(B.any()):
-        return torch.zeros(A.shape[1])
-    basis, core = torch.linalg.qr(A.T)  # A = core^T basis^T
-    _, _, v = torch.linalg.svd(torch.linalg.qr(B)[1] @ core.T)
-    unit: Tensor = (basis @ v[0]).float()
-    return unit
+def direction(patch: Patch, name: str = "", model: Model | None = None) -> Tensor:
+    """The unit vector [i] that a patch's change lengthens most; zero where it changes nothing. In fp32.
+
+    Args:
+        patch: it need not be attached.
+        name: of its site.
+        model: the base, for forms whose change depends on its weights.
+
+    Raises:
+        MixError: it has no dense change.
+    """
+    rows = spectrum(patch, name, model)
+    return torch.nn.functional.normalize(rows[0], dim=0) if len(rows) else rows.new_zeros(rows.shape[1])

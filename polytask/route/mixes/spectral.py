@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.change import change_at
 from polytask.core.errors import ConfigError, MixError, listing
-from polytask.core.form import Call, Patch, Weights
+from polytask.core.form import Call, Weights
 from polytask.core.gate import Gate, routers
 from polytask.core.gates import TokenGate, TokenRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task
+from polytask.route.spectrum import spectrum
 
 SCORES = {"row-space": "|V^T x|", "change": "|D x|", "top": "|V_k^T x|"}
 WEIGHTS = ("uniform", "softmax")
-LOST = 1e-6  # singular values below that fraction of the largest are rounding errors
 
 
 @routers.register("spectral")
@@ -133,33 +132,3 @@ class SpectralGate(TokenGate):
             return found
         assert isinstance(found.values, Tensor)
         return Weights(self.names, torch.full_like(found.values, 1.0 / found.values.shape[-1]), found.index)
-
-
-@torch.no_grad()
-def spectrum(patch: Patch, name: str = "", model: Model | None = None) -> Tensor:
-    """``S V^T`` [r, i] of a patch's change, the largest first, in fp32; zero rows are left out. ``|S V^T x| = |D x|``.
-
-    Args:
-        patch: it need not be attached.
-        name: of its site.
-        model: the base, for forms whose change depends on its weights.
-
-    Raises:
-        MixError: it has no such change.
-    """
-    change = change_at(patch, name, model)
-    if change is None:
-        raise MixError(
-            f"the form {patch.form.name!r} has no dense change of the weight at {patch.site.name!r}, which spectral gates look "
-            "at, or one that needs the base (model=); choose another router, or other adapters"
-        )
-    left, right = (None if factor is None else factor.double().cpu() for factor in change)
-    assert left is not None
-    if right is None:
-        _, size, v = torch.linalg.svd(left, full_matrices=False)
-    else:
-        basis, core = torch.linalg.qr(right.T)  # A = core^T basis^T
-        _, size, v = torch.linalg.svd(torch.linalg.qr(left)[1] @ core.T, full_matrices=False)
-        v = v @ basis.T
-    found: Tensor = (size[:, None] * v)[size > LOST * size.max()]
-    return found.float()
