@@ -71,6 +71,16 @@ class TestTrace:
         first = found.examples[0]
         assert first["tokens"][0] == "[CLS]" and len(first["weights"][0]) == len(first["tokens"])
 
+    def test_padding_does_not_count(self, encoder):
+        """The sequences of one example may have other lengths than each other."""
+        row = pt.Example(("where?",), 1, choices=("here", "a long way from here, over there"))
+        task = pt.Task(name="a", kind="choose", train=[row], dev=[row], test=[row])
+        mix = pt.route(made(encoder), "arrow", model=encoder, top_k=1)
+        found = trace(encoder, mix, [task])
+        batch = encoder.processor(["where?"] * 2, list(row.choices), padding=True, return_tensors="pt")
+        assert int((batch["attention_mask"] == 0).sum()) > 0
+        assert all(len(site) == int(batch["attention_mask"].sum()) for site in found.examples[0]["weights"])
+
     @pytest.mark.parametrize("family", ["decoder", "seq2seq"])
     def test_on_models_that_write(self, family, request):
         model = request.getfixturevalue(family)

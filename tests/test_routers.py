@@ -236,6 +236,26 @@ class TestLearned:
         assert list(experts_of(again)) == list(NAMES)
 
 
+def test_experts_with_tensors_that_all_their_sites_share(encoder, tmp_path):
+    """Also where a site has only some of the experts: each keeps its own."""
+    few = made(encoder, ("a",), form={"name": "vera", "rank": 4}, sites="layer==0 & role:query")
+    more = made(encoder, ("b",), form={"name": "vera", "rank": 4}, sites="role:query")
+    for i, adapter in enumerate((*few.values(), *more.values())):
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for part in adapter.parts.values():  # the frozen projections too: two adapters that share none
+                for value in part.parameters():
+                    value.copy_(torch.randn(value.shape, generator=generator))
+        encoder.attach(adapter)
+    wanted = run(encoder, {"a": 0.5, "b": 0.5})
+    mixture = mixture_of(Router.of("uniform"), {**few, **more}, name="mixture").trainable(False)
+    encoder.attach(mixture)
+    torch.testing.assert_close(run(encoder, "mixture"), wanted, rtol=1e-4, atol=1e-5)
+    again = Adapter.load(mixture.copy().save(tmp_path / "mixture"))
+    encoder.attach(again, "again")
+    assert torch.equal(run(encoder, "again"), run(encoder, "mixture"))
+
+
 def test_what_it_refuses(encoder):
     adapters = made(encoder)
     with pytest.raises(ConfigError, match="no router is called 'arow'.*arrow"):

@@ -50,7 +50,6 @@ class Hub:
         self.slots: dict[str, Slot] = {}
         self.mix: Mix | None = None
         self.entering: tuple[Adapter, ...] = ()  # active adapters whose forms look at the inputs of a whole forward
-        self.reading = False  # whether the base reads ahead for the mix
         self.call = Call()
         self.given = False  # whether the call was set from outside and is not to be guessed from the inputs
         self.generating = False
@@ -82,7 +81,7 @@ class Hub:
         Raises:
             MixError: the mix or the call has another number of rows than the batch.
         """
-        if self.mix is None or self.reading:
+        if self.mix is None:
             return
         if not self.given:
             mask = kwargs.get("attention_mask")
@@ -111,13 +110,13 @@ class Hub:
             raise MixError("a mix looks at the whole input, and nothing is attached; call model.attach first")
         backbone = self.backbone
         given = {k: v for k, v in inputs.items() if k in INPUTS and v is not None}
-        before, self.mix, self.reading = (self.mix, self.unreached), mix, True
-        self.unreached = None  # what the mix reaches is seen afterwards
+        before = (self.mix, self.entering, self.unreached)
+        self.mix, self.entering, self.unreached = mix, (), None  # what the mix reaches is seen afterwards
         try:
             with torch.no_grad(), calling(self, call):
                 return backbone(**given)
         finally:
-            (self.mix, self.unreached), self.reading = before, False
+            self.mix, self.entering, self.unreached = before
 
     @property
     def crossed(self) -> bool:
