@@ -16,8 +16,8 @@ from polytask.core.given import given
 from polytask.core.model import Model
 from polytask.core.routing import Routing
 from polytask.core.task import Task, read_tasks
-from polytask.forms.experts import mixture_of, routing_of
 from polytask.forms.mixture import Mixture, experts_of
+from polytask.forms.mixtures import mixture_of, routing_of
 
 
 def route(

@@ -20,8 +20,8 @@ from polytask.core.form import NO_CALL
 from polytask.core.gate import Router
 from polytask.core.routing import Routing
 from polytask.core.site import Site
-from polytask.forms.experts import mixture_of, routing_of
 from polytask.forms.mixture import experts_of
+from polytask.forms.mixtures import mixture_of, routing_of
 
 PFEIFFER = {"name": "bottleneck", "style": "pfeiffer", "width": 4}
 

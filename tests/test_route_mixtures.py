@@ -21,9 +21,9 @@ from polytask.core.errors import ConfigError, MixError, SiteError
 from polytask.core.form import Weights, forms
 from polytask.core.gate import Router, routers
 from polytask.core.head import Seen, collate, head_for
-from polytask.forms.experts import mixture_of
 from polytask.forms.finemoe import Experts, FineMoE
 from polytask.forms.mixture import Mixture, experts_of, gates_of, router_part
+from polytask.forms.mixtures import mixture_of
 
 LORA = {"name": "lora", "rank": 4}
 FAST = {"epochs": 1, "batch_size": 4, "lr": 1e-2, "progress": False}

@@ -17,8 +17,8 @@ from polytask.core.form import Call
 from polytask.core.gate import Router
 from polytask.core.routing import Routing
 from polytask.core.site import Site
-from polytask.forms.experts import mixture_of, routing_of
 from polytask.forms.mixture import experts_of
+from polytask.forms.mixtures import mixture_of, routing_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 11, 3], [9, 5, 6, 7, 12, 4]])
 

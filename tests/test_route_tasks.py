@@ -20,8 +20,8 @@ from polytask.core.gate import Router
 from polytask.core.head import collate
 from polytask.core.routing import Routing
 from polytask.core.site import Site
-from polytask.forms.experts import mixture_of
 from polytask.forms.mixture import Mixture, experts_of, gates_of, router_part
+from polytask.forms.mixtures import mixture_of
 from polytask.route.factors import mean_of
 from polytask.route.mixes.task_moe import relative_gain, second_stage
 

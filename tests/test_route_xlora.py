@@ -13,7 +13,7 @@ from zoo import tiny
 import polytask as pt
 from polytask.core.errors import ConfigError, MixError
 from polytask.core.gate import Router
-from polytask.forms.experts import mixture_of
+from polytask.forms.mixtures import mixture_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 11, 3], [9, 5, 6, 7, 12, 4]])
 

@@ -15,8 +15,8 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import AdapterError, ConfigError, MixError
 from polytask.core.gate import Router, routers
 from polytask.core.routing import Routing
-from polytask.forms.experts import mixture_of, routing_of
 from polytask.forms.mixture import Mixture, experts_of
+from polytask.forms.mixtures import mixture_of, routing_of
 
 NAMES = ("a", "b", "c")
 FREE = [name for name in routers if routers[name].trains == "nothing"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.core.errors import AdapterError, ConfigError, MixError, listing
-from polytask.core.experts import aligned, outputs, parameters
 from polytask.core.form import NO_CALL, Bank, Call, Form, Patch, Weights, forms, per_row
+from polytask.core.pairs import aligned, outputs, parameters
 from polytask.core.peft_files import check_peft, pattern, pattern_keys
 from polytask.core.site import Site
 

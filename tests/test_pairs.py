@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import polytask as pt
-from polytask.core import experts
+from polytask.core import pairs
 from polytask.core.errors import MixError
 from polytask.core.form import Bank, Call, Weights
 from polytask.core.gate import chosen
@@ -22,14 +22,14 @@ WAYS = ("dense", "gathered", "sampled", "sorted", "grouped", "sorted and sampled
 def way(name, index, count, rank):
     """One way, whatever the shapes would pick."""
     if name == "dense":
-        return experts._Dense(index)
+        return pairs._Dense(index)
     if name == "gathered":
-        return experts._Gathered(index)
-    experts._samples(torch.float32)  # takes the warning that such matrices are new
+        return pairs._Gathered(index)
+    pairs._samples(torch.float32)  # takes the warning that such matrices are new
     if name == "sampled":
-        return experts._Sampled(index, (index.unsqueeze(-1) * rank + torch.arange(rank)).flatten(1))
-    kinds = {"sorted": experts._Sorted, "grouped": experts._Grouped, "sorted and sampled": experts._SortedSampled}
-    return experts._sort(kinds[name], index, count)
+        return pairs._Sampled(index, (index.unsqueeze(-1) * rank + torch.arange(rank)).flatten(1))
+    kinds = {"sorted": pairs._Sorted, "grouped": pairs._Grouped, "sorted and sampled": pairs._SortedSampled}
+    return pairs._sort(kinds[name], index, count)
 
 
 def problem(tokens=7, count=5, k=2, rank=4, i=8, o=12, dtype=torch.float32, seed=0):
@@ -60,7 +60,7 @@ def forced(monkeypatch):
 
     def force(name):
         monkeypatch.setattr(
-            experts, "_pairs", lambda x, out, A, B, index, values: way(name, index, len(A) - 1, A.shape[1])
+            pairs, "_pairs", lambda x, out, A, B, index, values: way(name, index, len(A) - 1, A.shape[1])
         )
 
     return force
@@ -70,7 +70,7 @@ def forced(monkeypatch):
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_is_the_loop(name, average, forced):
     forced(name)
-    step = experts.parameters if average else experts.outputs
+    step = pairs.parameters if average else pairs.outputs
     for case in (
         {}, {"k": 1}, {"k": 5}, {"tokens": 1}, {"tokens": 64, "count": 33}, {"count": 300}, {"tokens": 40, "count": 2},
     ):  # fmt: skip
@@ -92,7 +92,7 @@ def test_all_tokens_to_one_expert_and_nobody_to_the_others(name, forced):
     index = torch.full((9, 1), 2)
     A[[0, 1, 3]], B[[0, 1, 3]] = (float("nan"),) * 2 if name != "dense" else (1.0, 1.0)  # never read
     with torch.no_grad():
-        got = experts.outputs(x, out.clone(), A, B, index, values)
+        got = pairs.outputs(x, out.clone(), A, B, index, values)
     torch.testing.assert_close(got, out + values * (x @ A[2].T @ B[2]), rtol=1e-5, atol=1e-5)
 
 
@@ -107,10 +107,10 @@ def test_a_weight_of_zero_and_nobody_add_nothing(name, forced):
     clean = x.nan_to_num(0.0)
     want = loop(clean, out, A, B, index, values)
     with torch.no_grad():
-        got = experts.outputs(x, out.clone(), A, B, index, values)
+        got = pairs.outputs(x, out.clone(), A, B, index, values)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert torch.equal(got[1], out[1])
-        nothing = experts.outputs(x, out.clone(), A, B, index, torch.zeros_like(values))
+        nothing = pairs.outputs(x, out.clone(), A, B, index, torch.zeros_like(values))
     assert torch.equal(nothing, out)
 
 
@@ -121,7 +121,7 @@ def test_a_token_of_weight_zero_gets_no_gradient_and_gives_none(name, forced):
     values[1] = 0.0
     x[1] = float("inf")
     x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
-    experts.outputs(x, out, A, B, index, values).square().sum().backward()
+    pairs.outputs(x, out, A, B, index, values).square().sum().backward()
     assert not x.grad[1].any()
     assert A.grad[:-1].isfinite().all() and B.grad[:-1].isfinite().all()
 
@@ -131,7 +131,7 @@ def test_a_token_of_weight_zero_gets_no_gradient_and_gives_none(name, forced):
 def test_gradients_are_those_of_the_loop(name, average, forced):
     forced(name)
     tensors = problem(tokens=10, count=4, dtype=torch.float32)
-    step = experts.parameters if average else experts.outputs
+    step = pairs.parameters if average else pairs.outputs
     found = []
     for run in (lambda *given: loop(*given, average=average), step):
         x, out, A, B, index, values = (t.clone() for t in tensors)
@@ -147,8 +147,8 @@ def test_gradients_by_differences(name, forced):
     forced(name)
     x, out, A, B, index, values = problem(tokens=4, count=3, rank=2, i=3, o=3, dtype=torch.float64)
     needs = [t.requires_grad_() for t in (x, A, B, values)]
-    assert torch.autograd.gradcheck(lambda x, A, B, w: experts.outputs(x, out, A, B, index, w), needs)
-    assert torch.autograd.gradcheck(lambda x, A, B, w: experts.parameters(x, out, A, B, index, w), needs)
+    assert torch.autograd.gradcheck(lambda x, A, B, w: pairs.outputs(x, out, A, B, index, w), needs)
+    assert torch.autograd.gradcheck(lambda x, A, B, w: pairs.parameters(x, out, A, B, index, w), needs)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["no grad", "grad"])
@@ -158,15 +158,15 @@ def test_what_the_shapes_pick_is_the_loop(dtype, graph):
     cases = [(40, 3, 16), (40, 8, 16), (200, 9, 8), (200, 200, 8), (700, 6, 16), (3, 400, 3), (400, 7, 3)]
     seen = set()
     for tokens, count, rank in cases:
-        rank = experts.aligned(rank, dtype)
+        rank = pairs.aligned(rank, dtype)
         x, out, A, B, index, values = problem(tokens, count, 2, rank, dtype=dtype)
         x.requires_grad_(graph)
-        seen.add(type(experts._pairs(x, out, A, B, index, values)).__name__)
+        seen.add(type(pairs._pairs(x, out, A, B, index, values)).__name__)
         want = loop(*(t.double() if t.is_floating_point() else t for t in (x, out, A, B, index, values)))
         kept = out.clone()
         with torch.set_grad_enabled(graph), warnings.catch_warnings():
             warnings.simplefilter("error")
-            got = experts.outputs(x, out, A, B, index, values)
+            got = pairs.outputs(x, out, A, B, index, values)
         assert got.dtype == dtype and (torch.equal(out, kept) or not graph)
         error = float((got.detach().double() - want.detach()).abs().max() / want.detach().abs().max())
         assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype], (tokens, count, error)
@@ -184,7 +184,7 @@ def test_what_the_shapes_pick_is_the_loop(dtype, graph):
 def test_any_shape(tokens, count, k, rank, i, o, seed, average):
     x, out, A, B, index, values = problem(tokens, count, min(k, count), rank, i, o, seed=seed)
     values = values * (torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < 0.8)
-    step = experts.parameters if average else experts.outputs
+    step = pairs.parameters if average else pairs.outputs
     want = loop(x, out, A, B, index, values, average)
     torch.testing.assert_close(step(x, out, A, B, index, values), want, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_the_softmax_of_the_largest_scores():
     torch.testing.assert_close(values, scores.softmax(-1))
 
 
-@pytest.mark.parametrize("step", [experts.outputs, experts.parameters])
+@pytest.mark.parametrize("step", [pairs.outputs, pairs.parameters])
 def test_a_compiled_graph_has_no_breaks(step):
     for count in (3, 40):
         tensors = problem(tokens=300, count=count)
