@@ -168,7 +168,7 @@ def _tasks_of(adapters: dict[str, Adapter], tasks: Sequence[Task]) -> list[Task]
     named = {task.name: task for task in tasks}
     found: dict[str, Task] = {}
     for name, adapter in adapters.items():
-        of = [name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
+        of = (name, *adapter.tasks)
         own = [named[task] for task in of if task in named]
         if not own:
             raise MixError(

@@ -300,7 +300,7 @@ def drawn(folder: str | Path) -> list[Path]:
     from importlib import import_module
     from importlib.util import find_spec
 
-    from polytask.core.files import write, writing
+    from polytask.core.storage import write, writing
 
     made = []
     for file in sorted(Path(folder).expanduser().glob("*.json")):
@@ -318,7 +318,7 @@ class Search(_search.Search):
 
     def to_png(self, path: str | Path) -> Path:
         """Draws score against parameters, the front marked."""
-        from polytask.core.files import write, writing
+        from polytask.core.storage import write, writing
         from polytask.report.search import picture
 
         with writing(Path(path)):

@@ -136,8 +136,7 @@ def _signs(
         how["seed"] = seed
     found = {}
     for name, adapter in adapters.items():
-        of = [name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
-        task = next((named[task] for task in of if task in named), None)
+        task = next((named[task] for task in (name, *adapter.tasks) if task in named), None)
         made = _kept(source, name, router.signature, how, task)
         if not made:
             try:

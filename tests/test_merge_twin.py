@@ -11,6 +11,7 @@ from conftest import colours, same_state, tiny_bert
 import polytask as pt
 from polytask.core.errors import AdapterError, ConfigError, MergeError
 from polytask.core.head import head_for
+from polytask.core.reading import means
 from polytask.core.site import Site
 from polytask.forms.lora import LoRAPatch
 from polytask.forms.union import UnionPatch
@@ -18,7 +19,7 @@ from polytask.merge.changed import Place, places_of
 from polytask.merge.fits.twin import numbers
 from polytask.merge.pool import Pool
 from polytask.merge.source import Module
-from polytask.merge.twin import Routed, Router, Twin, vectors
+from polytask.merge.twin import Routed, Router, Twin
 
 QUICK = {"epochs": 2, "batch_size": 6, "progress": False, "lr": 1e-2}
 ROUTER = {"epochs": 40, "lr": 5e-3}
@@ -179,11 +180,17 @@ def test_the_router_reads_the_shared_expert(encoder, made):
     mix = twin.attach(encoder)
     batch = texts(encoder)
     features(encoder, mix)
-    with encoder.using("twin/shared"), torch.no_grad():
-        hidden = encoder.module(**batch).last_hidden_state
+
+    def mean_under(acting):
+        with encoder.using(acting), torch.no_grad():
+            hidden = encoder.module(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        torch.testing.assert_close(vectors(encoder, batch), mean)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    mean = mean_under("twin/shared")
+    torch.testing.assert_close(
+        means(encoder, batch), mean_under(None)
+    )  # what the router learns from, on merged weights
     torch.testing.assert_close(mix.weights, twin.router.net(mean).softmax(1), rtol=1e-4, atol=1e-6)
 
 

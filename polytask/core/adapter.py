@@ -233,6 +233,11 @@ class Adapter:
             raise AdapterError(f"this adapter has {len(self.heads)} heads ({listing(self.heads)}); use heads[task]")
         return next(iter(self.heads.values()))
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that it has heads for, and of those on its card."""
+        return tuple(dict.fromkeys([*self.heads, *[str(task.get("name")) for task in self.card.tasks]]))
+
     # Fitting a base
 
     def check_base(self, model: Model) -> None:

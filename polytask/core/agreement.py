@@ -57,7 +57,7 @@ def words(seen: Seen, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return (hidden, logits) if seen.model.kind == "seq2seq" else (hidden[:, :-1], logits[:, :-1])
 
 
-def by_row(each: Tensor, batch: dict[str, Tensor], rows: Sequence[Row]) -> Tensor:
+def row_sums(each: Tensor, batch: dict[str, Tensor], rows: Sequence[Row]) -> Tensor:
     """Sums [B] over the scored tokens of values [S, T] at the positions of `words`."""
     scored = batch["labels"][:, -each.shape[1] :] != -100
     return torch.stack([part.sum() for part in (each * scored).sum(1).split([row.count for row in rows])])

@@ -64,7 +64,7 @@ def real(mask: Tensor | None, tokens: Sequence[int], device: torch.device) -> Te
     return (mask != 0).to(device, torch.float32)
 
 
-def by_row(site: Site, values: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def in_rows(site: Site, values: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """What a router gave for each token, as [B, T, E], with 1.0 at the tokens that are no padding, [B, T].
 
     Args:

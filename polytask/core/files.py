@@ -26,9 +26,7 @@ from .form import ALIGNED, Form, Part, Patch, forms
 from .head import Head
 from .peft_files import PREFIX
 from .site import Site
-from .storage import write as write
-from .storage import write_together as write_together
-from .storage import writing as writing
+from .storage import write_together, writing
 
 CONFIG, WEIGHTS, CARD, HEADS = "adapter_config.json", "adapter_model.safetensors", "polytask.json", "heads.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")

@@ -233,10 +233,10 @@ class Part(nn.Module):
     keys: Mapping[str, str] = {}
     frozen: frozenset[str] = frozenset()
     packs: tuple[str, ...] = ()
-    form: Any
+    form: Any  # a form, or a router
     site: Site | None = None
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Any) -> None:
         super().__init__()
         self.form = form
 

@@ -77,7 +77,7 @@ def serving(adapters: Mapping[str, Adapter]) -> dict[str, str]:
     """Which adapter each task is for: those on its card, of its heads, and of its own name."""
     found: dict[str, str] = {}
     for name, adapter in adapters.items():
-        for task in (name, *adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]):
+        for task in (name, *adapter.tasks):
             found.setdefault(task, name)
     return {task: name if task not in adapters else task for task, name in found.items()}
 
@@ -99,7 +99,7 @@ class Gate(Part):
     trace: Callable[[Gate, Weights, Call], None] | None = None
 
     def __init__(self, router: Router, site: Site, names: Sequence[str]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.router, self.site, self.names = router, site, tuple(names)
 
     def join(self, shared: Part | None) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import ConfigError, MixError
 from .form import Call, Part, Weights
@@ -30,6 +32,21 @@ class TokenGate(Gate):
     def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
         values, index = chosen(self.scores(x, call), self.router.top_k, self.router.temperature)
         return Weights(self.names, values.to(y.dtype), index)
+
+
+class LinearGate(TokenGate):
+    """Scores ``W x``, W [N, i] without a bias, from a normal distribution with the router's ``deviation``."""
+
+    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
+        super().__init__(router, site, names)
+        self.W = nn.Parameter(torch.zeros(len(names), site.d_in))
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        self.W.normal_(std=self.router.deviation, generator=generator)
+
+    def scores(self, x: Tensor, call: Call) -> Tensor:
+        return F.linear(x.to(self.W.dtype), self.W)
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class RowShared(Part):
     weights: Tensor | None = None
 
     def __init__(self, router: Router, names: Sequence[str]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.names = tuple(names)
 
     def of(self, names: tuple[str, ...]) -> Tensor:
@@ -103,17 +120,20 @@ class RowRouter(Router):
         return RowShared(self, names)
 
     def begin(self, shared: RowShared, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
-        kept = shared.weights
-        if kept is not None and (hub.generating or goes_on(inputs)):
-            rows = call.rows or len(kept)
-            if rows % len(kept) == 0:  # all beams of a row are its own
-                shared.__dict__["weights"] = kept.repeat_interleave(rows // len(kept), 0)
-                return
-        shared.__dict__["weights"] = self.score(shared, hub, inputs, call)
+        kept = carried(shared.weights, hub, inputs, call)
+        shared.__dict__["weights"] = self.score(shared, hub, inputs, call) if kept is None else kept
 
     def score(self, shared: Any, hub: Hub, inputs: Mapping[str, Any], call: Call) -> Tensor:
         """The weights of each row, [B, N]."""
         raise NotImplementedError
+
+
+def carried(kept: Tensor | None, hub: Hub, inputs: Mapping[str, Any], call: Call) -> Tensor | None:
+    """What was kept of the rows [B, ...] where a forward goes on with their texts, for each of their beams; None else."""
+    if kept is None or not (hub.generating or goes_on(inputs)):
+        return None
+    rows = call.rows or len(kept)
+    return kept.repeat_interleave(rows // len(kept), 0) if rows % len(kept) == 0 else None
 
 
 def goes_on(inputs: Mapping[str, Any]) -> bool:

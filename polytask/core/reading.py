@@ -49,7 +49,8 @@ def means(model: Model, batch: Mapping[str, Tensor]) -> Tensor:
         backbone = getattr(model.module, "base_model", model.module)
     mask, rows = batch.get("attention_mask"), len(next(iter(batch.values())))
     with torch.no_grad(), model.using(None), calling(model._hub, Call(mask=mask, rows=rows)):
-        return pool(backbone(**batch), mask, "mean").float()
+        given = {name: batch[name] for name in INPUTS if name in batch}
+        return pool(backbone(**given), mask, "mean").float()
 
 
 def means_of(hub: Hub, inputs: Mapping[str, Any], call: Call) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import MixError, listing, nearest
-from .files import ordered, write, writing
+from .files import ordered
 from .form import NO_CALL, Call, Part, Weights
 from .gate import Gate, Router
 from .given import by_hash, places_of
 from .head import Head
 from .mix import Mix
 from .site import Site
+from .storage import write, writing
 
 if TYPE_CHECKING:
     from .attach import Hub, Slot

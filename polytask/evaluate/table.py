@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polytask.core.files import write, writing
+from polytask.core.storage import write, writing
 
 
 @dataclass

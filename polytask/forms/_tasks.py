@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polytask.core.errors import ConfigError, MixError
+from polytask.core.by_task import places
+from polytask.core.errors import MixError
 from polytask.core.form import Call, per_row
 from polytask.core.site import Site
-
-
-def check_tasks(what: str, tasks: Sequence[str]) -> None:
-    """Raises `ConfigError` where the names of tasks are not a sequence of different names."""
-    if isinstance(tasks, str) or not all(isinstance(t, str) and t for t in tasks) or len({*tasks}) != len(tasks):
-        raise ConfigError(f"{what}: tasks must be different names, such as ('mood', 'topic'), got {tasks!r}")
 
 
 def rows_by_task(
@@ -27,12 +22,9 @@ def rows_by_task(
     Raises:
         MixError: rows of several tasks at a site that does not see the rows of the batch.
     """
-    if call.tasks is None or not tasks:
-        return x, y, None
-    place = {task: i for i, task in enumerate(tasks)}
-    found = [place.get(task, -1) for task in call.tasks]
-    if len(set(found)) == 1:
-        return x, y, found[0]
+    found = places(tasks, call) if tasks else None
+    if not isinstance(found, list):
+        return x, y, found
     if not site.rows or x.dim() < 2:
         raise MixError(
             f"site {site.name!r} does not see the rows of the batch in its first dimension, so it cannot tell their "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polytask.core.agreement import by_row, divergence, scores_apart, words
+from polytask.core.agreement import divergence, row_sums, scores_apart, words
 from polytask.core.errors import AdapterError
 from polytask.core.head import Head, LinearHead
 
@@ -59,4 +59,4 @@ def apart(seen: Seen, teacher: str) -> Tensor:
         there, wanted = words(seen, batch)
     with model.using(seen.name, tasks=seen.task):
         here, said = words(seen, batch)
-    return by_row(divergence(wanted, said) + (here - there).float().square().mean(-1), batch, seen.rows)
+    return row_sums(divergence(wanted, said) + (here - there).float().square().mean(-1), batch, seen.rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.core.balance import Tally, by_row, load_balance
+from polytask.core.balance import Tally, in_rows, load_balance
 from polytask.core.errors import ConfigError
 from polytask.core.form import NO_CALL, Call, Form, Part, Patch, forms
 from polytask.core.site import Site
@@ -239,7 +239,7 @@ class Experts(Beside):
         probabilities = scores.softmax(-1)
         top, index = probabilities.topk(form.chosen, -1)
         if form.balance and self.shared.open and self.router.requires_grad:
-            given, there = by_row(self.site, probabilities, call)
+            given, there = in_rows(self.site, probabilities, call)
             self.shared.tell(
                 self.own, load_balance(given, index.reshape(*given.shape[:2], -1), there, by_sequence=True)
             )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytask.core.by_task import check_tasks
 from polytask.core.errors import AdapterError, ConfigError, listing
 from polytask.core.form import NO_CALL, Call, Form, Patch, forms
 from polytask.core.site import Site
 
-from ._tasks import check_tasks, rows_by_task
+from ._tasks import rows_by_task
 
 
 @forms.register("mtl-lora")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polytask.core.errors import LearnError
-from polytask.core.files import write, writing
+from polytask.core.storage import write, writing
 
 from .course import Course
 

@@ -19,11 +19,11 @@ import yaml
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, DataError, LearnError, SiteError, listing
-from polytask.core.files import write, writing
 from polytask.core.form import Form
 from polytask.core.metrics import METRICS, default_metric
 from polytask.core.model import Model
 from polytask.core.recipe import Schedule
+from polytask.core.storage import write, writing
 from polytask.core.task import Task
 
 from .learner import Interrupted, learn

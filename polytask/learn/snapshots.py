@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from polytask.core.files import writing
 from polytask.core.head import Head
+from polytask.core.storage import writing
 
 from .course import Course
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from polytask.core.files import writing
+from polytask.core.storage import writing
 
 
 class Watch:

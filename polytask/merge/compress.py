@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from polytask.core.errors import MergeError
-from polytask.core.files import WEIGHTS, writing
+from polytask.core.files import WEIGHTS
 from polytask.core.packed import FILE, Ternary, decode, encode, packed, read, write
+from polytask.core.storage import writing
 
 from .rules.elect import within
 from .select import find, from_cut, lower, number, share, upper

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MergeError, listing
-from polytask.core.files import write, writing
 from polytask.core.form import Patch
 from polytask.core.head import Head
 from polytask.core.model import Model
+from polytask.core.storage import write, writing
 
 from .changed import adapter_of, patch_at, places_of, thin_of
 from .heads import heads_of

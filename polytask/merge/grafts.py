@@ -14,9 +14,9 @@ from torch import Tensor
 
 from polytask.core.adapter import Adapter, Card
 from polytask.core.errors import MergeError, listing
-from polytask.core.files import write_together, writing
 from polytask.core.head import Head
 from polytask.core.model import Model
+from polytask.core.storage import write_together, writing
 from polytask.forms.importance import largest
 from polytask.forms.sparse import LTSFT, SparsePatch
 

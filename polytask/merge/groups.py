@@ -14,7 +14,7 @@ from typing import Any
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, DataError, listing, nearest
-from polytask.core.files import write, writing
+from polytask.core.storage import write, writing
 from polytask.core.task import Task
 from polytask.forms.lora import LoRAPatch
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, listing
-from polytask.core.files import write, writing
+from polytask.core.storage import write, writing
 
 from .adapters import merge_adapters
 from .card import cite

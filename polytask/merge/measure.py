@@ -20,12 +20,12 @@ import torch
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MergeError, listing, nearest
-from polytask.core.files import write, writing
 from polytask.core.head import Head
 from polytask.core.measure import peak_memory
 from polytask.core.metrics import Score
 from polytask.core.mix import Mix
 from polytask.core.model import Model
+from polytask.core.storage import write, writing
 from polytask.core.task import Task
 
 from .fit import Parts, fits

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask.core.errors import ConfigError
-from polytask.core.files import write
+from polytask.core.storage import write
 
 from .card import written
 from .embeddings import embeddings

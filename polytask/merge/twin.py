@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.attach import INPUTS, Hub, Slot, calling
+from polytask.core.attach import Hub, Slot
 from polytask.core.errors import AdapterError, MergeError, listing
-from polytask.core.files import write, writing
 from polytask.core.form import NO_CALL, Call, Weights
 from polytask.core.gate import by_row
-from polytask.core.gates import goes_on
+from polytask.core.gates import carried
 from polytask.core.head import Head
 from polytask.core.mix import Fixed, Mix, Single
 from polytask.core.model import Model, pool
 from polytask.core.site import Site
+from polytask.core.storage import write, writing
 
 CARD, ROUTER, SHARED = "polytask_twin.json", "router.safetensors", "shared"
 
@@ -58,20 +58,6 @@ class Router(nn.Module):
         return found
 
 
-def vectors(model: Model, inputs: Mapping[str, Any], call: Call | None = None) -> Tensor:
-    """The mean over its tokens of each row's last hidden state, [B, d] in fp32; of an encoder-decoder the encoder's."""
-    given = {k: v for k, v in inputs.items() if k in INPUTS and v is not None}
-    mask = given.get("attention_mask")
-    rows = len(next(iter(given.values())))
-    if model.kind == "seq2seq":
-        backbone: Any = model.module.get_encoder()  # type: ignore[operator]
-    else:
-        backbone = getattr(model.module, "base_model", model.module)
-    with torch.no_grad(), calling(model._hub, call or Call(mask=mask, rows=rows)):
-        out = backbone(**given)
-    return pool(out, mask, "mean").float()
-
-
 class Routed(Mix):
     """The shared expert on every row with weight 1, and on each row the tasks' own parts with the router's weights.
 
@@ -97,11 +83,10 @@ class Routed(Mix):
         return (self.shared, *self._names)
 
     def begin(self, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
-        if self.weights is not None and (hub.generating or goes_on(inputs)):
-            rows = call.rows or len(self.weights)
-            if rows % len(self.weights) == 0:  # all beams of a row are its own
-                self.weights = self.weights.repeat_interleave(rows // len(self.weights), 0)
-                return
+        kept = carried(self.weights, hub, inputs, call)
+        if kept is not None:
+            self.weights = kept
+            return
         out = hub.read(inputs, call, Single(self.shared))
         self.weights = self.router.weights(pool(out, inputs.get("attention_mask"), "mean"))
         self._nothing = not bool(self.weights.any())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polytask.core.errors import MergeError, StorageError
-from polytask.core.files import write, writing
+from polytask.core.storage import write, writing
 
 from .source import DTYPES, INDEX, WHOLE
 

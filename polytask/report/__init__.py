@@ -251,7 +251,7 @@ def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
         DataError: see `Comparison.read`.
         StorageError: the folder cannot be written.
     """
-    from ..core.files import write, writing
+    from ..core.storage import write, writing
 
     data, folder = Comparison.read(table), Path(folder)
     drawn = {"scores.png": _draw.scores(data)} | ({"cross.png": _draw.cross(data)} if data.table.get("cross") else {})

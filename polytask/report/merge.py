@@ -71,7 +71,7 @@ def pictures(table: Mapping[str, Any], folder: str | Path) -> list[Path]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    from ..core.files import write, writing
+    from ..core.storage import write, writing
 
     folder = Path(folder)
     made = {f"{name}.png": png(figure) for name, (figure, _) in _drawn(_clean(table)).items()}

@@ -63,7 +63,7 @@ class TextRouter(RowRouter):
 
     def informed(self, adapters: Mapping[str, Adapter], tasks: Sequence[Task]) -> Self:
         said = {task.name: text_of(task) for task in tasks}
-        own = {name: [t for t in (name, *_tasks(adapter)) if t in said] for name, adapter in adapters.items()}
+        own = {name: [t for t in (name, *adapter.tasks) if t in said] for name, adapter in adapters.items()}
         return self._said({**said, **{name: said[known[0]] for name, known in own.items() if known}})
 
     def _said(self, texts: Mapping[str, str]) -> Self:
@@ -142,10 +142,6 @@ class TextRouter(RowRouter):
 def text_of(task: Task) -> str:
     """What a task says of itself: its instruction, else its description, else its name and labels."""
     return task.instruction or task.description or ". ".join([task.name, *task.labels])
-
-
-def _tasks(adapter: Adapter) -> list[str]:
-    return [*adapter.heads, *[str(task.get("name")) for task in adapter.card.tasks]]
 
 
 def _text(adapter: Adapter) -> str:

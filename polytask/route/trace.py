@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from polytask.core.errors import ConfigError, MixError, listing
-from polytask.core.files import write, writing
 from polytask.core.form import Call, Weights
-from polytask.core.gate import Gate
+from polytask.core.gate import Gate, serving
 from polytask.core.head import collate, head_for
 from polytask.core.model import Model
 from polytask.core.routing import Routing
+from polytask.core.storage import write, writing
 from polytask.core.task import Task
 
 FILE = "trace.json"
@@ -134,10 +134,8 @@ def trace(
         ConfigError: a task has no such examples.
         MixError: nothing was decided.
     """
-    from .mixes.uniform import Oracle
-
     names, sites = list(mix.adapters), list(mix.gates)
-    serves = Oracle().fitted(mix.adapters).settings()["serves"]
+    serves = serving(mix.adapters)
     everything = _Sums(names, sites)
     made = Trace({"name": mix.router.name, **mix.router.settings()}, names, chance=1.0 / len(names))
     made.facts = dict(mix.facts)

@@ -50,7 +50,8 @@ class Data(Signature):
             return None
         found = [self._centroids(subject.model, task, used[task.name]) for task in subject.tasks]
         about = [{"task": t.name, "hash": t.hash, "examples": len(used[t.name])} for t in subject.tasks]
-        return {name: torch.stack([one[name] for one in found]) for name in found[0]}, {"tasks": about}
+        one = {"task": subject.tasks[0].hash} if len(subject.tasks) == 1 else {}
+        return {name: torch.stack([each[name] for each in found]) for name in found[0]}, {"tasks": about, **one}
 
     @torch.no_grad()
     def _centroids(self, model: Model, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:

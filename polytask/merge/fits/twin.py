@@ -16,11 +16,12 @@ from polytask.core.adapter import Adapter
 from polytask.core.errors import ConfigError, MergeError, listing
 from polytask.core.form import Patch
 from polytask.core.head import collate
+from polytask.core.reading import means
 from polytask.merge.changed import Factors, Place, adapter_of, made, places_of, thin_of, weighted
 from polytask.merge.factors import reduced, split
 from polytask.merge.fit import Fit, fits
 from polytask.merge.pool import Change, Pool, Reader
-from polytask.merge.twin import Router, Twin, vectors
+from polytask.merge.twin import Router, Twin
 
 
 @fits.register("twin")
@@ -138,7 +139,7 @@ class TwinMerging(Fit):
         rows, found = reader.rows(answers=False), []
         for at in range(0, len(rows), 32):
             batch = collate(pool.model, reader.head, rows[at : at + 32])
-            found.append(vectors(pool.model, batch))
+            found.append(means(pool.model, batch))
         return torch.cat(found)
 
     def _learn(self, pool: Pool, x: Sequence[Tensor]) -> tuple[Router, dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polytask.core.adapter import Adapter
-from polytask.core.agreement import by_row, divergence, scores_apart, words
+from polytask.core.agreement import divergence, row_sums, scores_apart, words
 from polytask.core.errors import MixError, SiteError
 from polytask.core.form import Call, Form, Part, Patch, Weights
 from polytask.core.gate import Gate, Hosts, Router, routers
@@ -76,7 +76,7 @@ class AdaMix(Router):
         return AdaMixGate(self, site, names)
 
     def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> Part:
-        return Pass(self)  # type: ignore[arg-type]  # a part's form is what its settings are
+        return Pass(self)
 
     def loss(self, gates: Sequence[Gate], shared: Pass, seen: Seen, values: Tensor) -> Tensor:
         if not self.consistency or not torch.is_grad_enabled():
@@ -96,7 +96,7 @@ class AdaMix(Router):
             there, back = (scores_apart(head, a.detach(), b, seen.rows) for a, b in ((two, one), (one, two)))
         elif head.trunk == "likelihood":
             one, two = said("again"), said("second")
-            there, back = (by_row(divergence(a.detach(), b), batch, seen.rows) for a, b in ((two, one), (one, two)))
+            there, back = (row_sums(divergence(a.detach(), b), batch, seen.rows) for a, b in ((two, one), (one, two)))
         else:
             return values
         return values + 0.5 * self.consistency * (there + back)

@@ -97,7 +97,7 @@ class Cooling(Part):
     frozen = frozenset({"T"})
 
     def __init__(self, router: AdapterFusion) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.T = nn.Parameter(torch.full((1,), router.temperature), requires_grad=False)
 
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from polytask.core.balance import by_row, variation
+from polytask.core.balance import in_rows, variation
 from polytask.core.errors import ConfigError, MixError, listing, nearest
 from polytask.core.form import Call, Part
 from polytask.core.gate import Gate, Router, routers
 from polytask.core.site import Site
 
-from .molora import LinearGate, MoLoRA
+from .molora import BalancedGate, MoLoRA
 
 
 @routers.register("loramoe")
@@ -81,7 +81,7 @@ class LoRAMoE(MoLoRA):
         return super().shared(sites, names)
 
     def uneven(self, gate: Gate, scores: Tensor, call: Call) -> Tensor:
-        given, there = by_row(gate.site, (scores / self.temperature).softmax(-1), call)
+        given, there = in_rows(gate.site, (scores / self.temperature).softmax(-1), call)
         Q = (given * there[..., None]).sum(1)  # [B, N]
         return variation(self.importance(gate, len(Q), call).to(Q.device) * Q)
 
@@ -95,7 +95,7 @@ class LoRAMoE(MoLoRA):
         return 1.0 + self.delta * signed
 
 
-class GroupedGate(LinearGate):
+class GroupedGate(BalancedGate):
     """W [N, i], uniform at the start unless a deviation is said."""
 
     def start(self, generator: torch.Generator) -> None:

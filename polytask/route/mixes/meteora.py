@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
 from polytask.core.form import Call, Part
 from polytask.core.gate import Gate, Router, learning, routers, serving
-from polytask.core.gates import TokenGate, TokenRouter
+from polytask.core.gates import LinearGate, TokenRouter
 from polytask.core.site import Site
 
 if TYPE_CHECKING:
@@ -85,27 +85,19 @@ class Told(Part):
     beyond: frozenset[str] = frozenset()
 
     def __init__(self, router: MeteoRA) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sums": []}  # what is on its way belongs to one forward
 
 
-class MeteoraGate(TokenGate):
+class MeteoraGate(LinearGate):
     """W [N, i]."""
 
     shared: Told
 
-    def __init__(self, router: MeteoRA, site: Site, names: Sequence[str]) -> None:
-        super().__init__(router, site, names)
-        self.W = nn.Parameter(torch.zeros(len(names), site.d_in))
-
-    @torch.no_grad()
-    def start(self, generator: torch.Generator) -> None:
-        self.W.normal_(std=self.router.deviation, generator=generator)
-
     def scores(self, x: Tensor, call: Call) -> Tensor:
-        scores = F.linear(x.to(self.W.dtype), self.W)
+        scores = super().scores(x, call)
         if self.router.supervision and call.tasks is not None and self.site.rows and learning(self):
             self.tell(scores, call)
         return scores

@@ -141,7 +141,7 @@ class Forward(Part):
     changes: Sequence[Tensor] | None = None
 
     def __init__(self, router: MixDA) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
 
 
 class DomainGate(Gate):

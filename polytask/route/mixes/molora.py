@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from polytask.core.balance import Tally, by_row, load_balance
+from polytask.core.balance import Tally, in_rows, load_balance
 from polytask.core.form import Call, Part
 from polytask.core.gate import Gate, routers
-from polytask.core.gates import TokenGate, TokenRouter
+from polytask.core.gates import LinearGate, TokenRouter
 from polytask.core.site import Site
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ class MoLoRA(TokenRouter):
         self.at_least("balance", 0.0)
 
     def gate(self, site: Site, names: tuple[str, ...]) -> Gate:
-        return LinearGate(self, site, names)
+        return BalancedGate(self, site, names)
 
     def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> Part | None:
         return Tally(self, names) if self.balance else None
@@ -71,7 +69,7 @@ class MoLoRA(TokenRouter):
             scores: [..., N].
             call: what this forward knows.
         """
-        given, there = by_row(gate.site, scores, call)
+        given, there = in_rows(gate.site, scores, call)
         index = given.topk(min(self.top_k or 1, given.shape[-1]), -1).indices
         return load_balance((given / self.temperature).softmax(-1), index, there)
 
@@ -94,21 +92,13 @@ class LoRAMixture(MoLoRA):
     paper: ClassVar[str] = "arXiv 2101.03961"
 
 
-class LinearGate(TokenGate):
-    """W [N, i]."""
+class BalancedGate(LinearGate):
+    """W [N, i]; it tells how unevenly the experts are used, where that is to be balanced."""
 
     shared: Tally | None
 
-    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
-        super().__init__(router, site, names)
-        self.W = nn.Parameter(torch.zeros(len(names), site.d_in))
-
-    def start(self, generator: torch.Generator) -> None:
-        with torch.no_grad():
-            self.W.normal_(std=self.router.deviation, generator=generator)
-
     def scores(self, x: Tensor, call: Call) -> Tensor:
-        scores = F.linear(x.to(self.W.dtype), self.W)
+        scores = super().scores(x, call)
         if self.shared is not None and self.shared.open and self.W.requires_grad:
             self.shared.tell(self.site.name, self.router.uneven(self, scores, call))
         return scores

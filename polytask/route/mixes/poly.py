@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
+from polytask.core.by_task import check_tasks, places
 from polytask.core.errors import ConfigError
 from polytask.core.form import Call, Part, Patch, Weights
 from polytask.core.gate import Gate, Hosts, Router, by_row, routers
 from polytask.core.mix import act
 from polytask.core.site import Site
-from polytask.route.by_task import block_of, check_tasks, places
+from polytask.route.by_task import block_of
 from polytask.route.factors import by_heads, mean_of
 
 BOUND, EPS = 1e-3, 1e-12
@@ -188,7 +189,7 @@ class SkillShared(Part):
     """Z [T, H, N] of each block, or of the model."""
 
     def __init__(self, router: Poly, sites: Sequence[Site], names: Sequence[str]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.router, self.names = router, tuple(names)
         for site in sites:
             self.register_parameter(self.key(site), router.logits(len(names)))
@@ -234,6 +235,7 @@ class SkillGate(Gate):
         """w for the rows, [B, H, N], or [H, N] where all have the same."""
         Z = self.logits
         found = places(self.router.tasks, call) if self.router.tasks else 0
+        found = -1 if found is None else found
         if noisy and isinstance(found, int) and self.site.rows and x.dim() > 1:
             found = [found] * (call.rows or len(x))
         table = torch.cat([Z, Z.new_zeros(1, *Z.shape[1:])])  # the last row is all others'

@@ -90,7 +90,7 @@ class Scales(Part):
     """What all sites share: the scales [N] or [N, d]."""
 
     def __init__(self, router: ScaLearn, names: Sequence[str], width: tuple[int, ...]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.names = tuple(names)
         self.omega = nn.Parameter(torch.zeros(len(names), *width))
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
+from polytask.core.by_task import check_tasks
 from polytask.core.errors import ConfigError, MixError
 from polytask.core.form import Call, Part, Weights
-from polytask.core.gate import Gate, Router, by_row, routers
+from polytask.core.gate import Gate, Router, by_row, learning, routers
 from polytask.core.signature import signatures
 from polytask.core.site import Site
 from polytask.core.task import Task
-from polytask.route.by_task import block_of, check_tasks, learning, picked
+from polytask.route.by_task import block_of, picked
 
 if TYPE_CHECKING:
     from polytask.core.attach import Hub
@@ -130,7 +131,7 @@ class TaskShared(Part):
     draw: int | None = None
 
     def __init__(self, router: TaskMoE, sites: Sequence[Site], names: Sequence[str]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.router, self.names = router, tuple(names)
         made: Any = signatures.make("text") if router.vectors == "text" else None
         self.encoder, width = made, router.width if made is None else made.dimension

@@ -13,8 +13,8 @@ from polytask.core.errors import MixError, listing
 from polytask.core.form import Call, Part, Weights
 from polytask.core.gate import Gate, Router, routers, serving
 from polytask.core.gates import RowShared
-from polytask.core.mix import PerRow
 from polytask.core.site import Site
+from polytask.route.by_task import picked
 
 
 @routers.register("uniform")
@@ -70,17 +70,12 @@ class Oracle(Router):
 
 
 class OracleGate(Gate):
-    """No parameters; what the last tasks had to be is kept."""
+    """No parameters."""
 
     def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
         if call.tasks is None:
             raise MixError(
                 "oracle needs the task of each row; say model.using(mix, tasks=...) with a task, or one for each row"
             )
-        tasks = call.tasks
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != tasks:
-            rows = [self.router.serves.get(task) for task in tasks]
-            kept = self.__dict__["_kept"] = (tasks, PerRow([name if name in self.names else None for name in rows]))
-        mix: PerRow = kept[1]
-        return mix.weigh(self.site, self.names, x, y, call)
+        rows = [{own: 1.0} if (own := self.router.serves.get(task)) is not None else {} for task in call.tasks]
+        return picked(self, rows, x, y, call)

@@ -12,7 +12,7 @@ from torch import Tensor
 from polytask.core.errors import ConfigError, MixError
 from polytask.core.form import Call, Part, Weights
 from polytask.core.gate import Gate, by_row, routers
-from polytask.core.gates import TokenRouter, goes_on
+from polytask.core.gates import TokenRouter, carried
 from polytask.core.site import Site
 from polytask.route.layers import fill, grow, stream, through
 
@@ -74,12 +74,10 @@ class XLoRA(TokenRouter):
         return Reader(self, sites, names)
 
     def begin(self, shared: Reader, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
-        kept = shared.weights
-        if hub.crossed and kept is not None and (hub.generating or goes_on(inputs)):
-            rows = call.rows or len(kept)
-            if rows % len(kept) == 0:  # all beams of a row are its own
-                for name in ("weights", "rows"):
-                    shared.__dict__[name] = getattr(shared, name).repeat_interleave(rows // len(kept), 0)
+        if hub.crossed:
+            kept = {name: carried(getattr(shared, name), hub, inputs, call) for name in ("weights", "rows")}
+            if kept["weights"] is not None:
+                shared.__dict__.update(kept)
                 return
         if not hub.crossed and inputs.get("past_key_values") is not None:
             raise MixError(
@@ -114,7 +112,7 @@ class Reader(Part):
     beyond: frozenset[str] = frozenset()
 
     def __init__(self, router: XLoRA, sites: Sequence[Site], names: Sequence[str]) -> None:
-        super().__init__(router)  # type: ignore[arg-type]  # a part's form is what its settings are
+        super().__init__(router)
         self.names = tuple(names)
         self.places = {site.name: i if router.layerwise else 0 for i, site in enumerate(sites)}
         self.d = stream(sites)
