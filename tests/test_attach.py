@@ -16,9 +16,9 @@ from torch.utils.checkpoint import CheckpointError
 from zoo import output, tiny
 
 import polytask as pt
-from polytask.core.attach import InactiveSiteWarning
 from polytask.core.errors import AdapterError, MixError, ModelError
 from polytask.core.form import NO_CALL, Form, Patch
+from polytask.core.hub import InactiveSiteWarning
 
 torch.set_num_threads(1)
 

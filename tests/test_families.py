@@ -7,8 +7,8 @@ import torch
 from zoo import FAMILIES, output, tiny
 
 import polytask as pt
-from polytask.core.attach import InactiveSiteWarning
 from polytask.core.errors import MixError, SiteError
+from polytask.core.hub import InactiveSiteWarning
 
 torch.set_num_threads(1)
 

@@ -92,7 +92,6 @@ def merge(
 
     polytask merge list shows the methods.
     """
-    from polytask.merge.mergekit import merge_file
     from polytask.merge.run import merge as run
 
     from .measuring import choosing, evaluated, unscored
@@ -113,27 +112,9 @@ def merge(
         way = form_of(method[0], "--method") if method else None
         _done(told(given, out, _numbers(weights), mode, rank, way, base, **own), as_json)
         return
-    if given[0].endswith(".json"):
-        unscored(evaluate, sweep, resume, "a record")
-        from polytask.merge.replay import replay
-
-        if len(given) > 2:
-            more = ", ".join(given[1:])
-            raise ConfigError(f"a record names its parents itself; give it and a folder for the result, not {more}")
-        out = given[1] if len(given) == 2 else out
-        _writable(out)
-        _done(replay(given[0], out, resume=resume, say=_say), as_json)
-        return
-    if given[0].endswith((".yml", ".yaml")):
-        unscored(evaluate, sweep, resume, "a mergekit file")
-        if len(given) > 2:
-            more = ", ".join(given[1:])
-            raise ConfigError(
-                f"a mergekit file names its models itself; give the file and a folder for the result, not {more}"
-            )
-        out = given[1] if len(given) == 2 else out
-        _writable(out)
-        _done(Path(merge_file(given[0], out, **common)), as_json)
+    if given[0].endswith((".json", ".yml", ".yaml")):
+        unscored(evaluate, sweep, resume, "a record" if given[0].endswith(".json") else "a mergekit file")
+        _done(_described(given, out, common), as_json)
         return
     _writable(out)
     ways = [form_of(text, "--method") for text in method or ["linear"]]
@@ -158,6 +139,22 @@ def merge(
         as_=as_ or None, rank=rank, data=data or None, split=split, tokenizer=tokenizer or None, **common, **settings,
     )  # fmt: skip
     _done(Path(folder), as_json)
+
+
+def _described(given: list[str], out: str, common: dict[str, Any]) -> Path:
+    """The merge that a file describes: the record of one, or a mergekit file; the folder comes after it, or from --out."""
+    from polytask.merge.mergekit import merge_file
+    from polytask.merge.replay import replay
+
+    record = given[0].endswith(".json")
+    if len(given) > 2:
+        what = "a record names its parents" if record else "a mergekit file names its models"
+        raise ConfigError(f"{what} itself; give it and a folder for the result, not {', '.join(given[1:])}")
+    out = given[1] if len(given) == 2 else out
+    _writable(out)
+    if record:
+        return replay(given[0], out, resume=common["resume"], say=common["say"])
+    return Path(merge_file(given[0], out, **common))
 
 
 def _done(folder: Path, as_json: bool) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import attach as _attach
 from .errors import ConfigError, MixError, ModelError
 from .form import Call, Other
 from .head import Head, Out
+from .hub import calling
 from .mix import PerRow
 from .rows import Row, images, padded, tokens
 
@@ -71,7 +71,7 @@ def image_features(model: Model, pixels: Tensor, call: Call, texts: Tensor | Non
         texts: [C, d], the base's class vectors, for patches of the image tower that look at them.
     """
     module: Any = model.module
-    with _attach.calling(model._hub, replace(call, other=None if texts is None else Other(texts=texts[None]))):
+    with calling(model._hub, replace(call, other=None if texts is None else Other(texts=texts[None]))):
         out = module.vision_model(pixel_values=pixels)
         hidden, pooled = out.last_hidden_state, out.pooler_output
         patches = hidden[:, hidden.shape[1] - _patches(module, hidden) :]
@@ -88,7 +88,7 @@ def _patches(module: Any, hidden: Tensor) -> int:
 def text_features(model: Model, texts: Mapping[str, Tensor], call: Call) -> Tensor:
     """The texts' vectors [R, d], under the mix that acts."""
     module: Any = model.module
-    with _attach.calling(model._hub, replace(call, mask=texts.get("attention_mask"), rows=len(texts["input_ids"]))):
+    with calling(model._hub, replace(call, mask=texts.get("attention_mask"), rows=len(texts["input_ids"]))):
         pooled = module.text_model(**texts).pooler_output
         projection = getattr(module, "text_projection", None)
         return pooled if projection is None else projection(pooled)  # type: ignore[no-any-return]

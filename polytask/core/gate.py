@@ -22,8 +22,8 @@ from .registry import Registry
 
 if TYPE_CHECKING:
     from .adapter import Adapter
-    from .attach import Hub
     from .head import Seen
+    from .hub import Hub
     from .model import Model
     from .site import Site
     from .task import Task

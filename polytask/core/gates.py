@@ -19,7 +19,7 @@ from .gate import Gate, Router, by_row, chosen
 from .site import Site
 
 if TYPE_CHECKING:
-    from .attach import Hub
+    from .hub import Hub
 
 
 class TokenGate(Gate):

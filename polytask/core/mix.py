@@ -13,7 +13,8 @@ from .errors import MixError, listing, nearest
 from .form import NO_CALL, Bank, Call, Weights
 
 if TYPE_CHECKING:
-    from .attach import Hub, Slot
+    from .attach import Slot
+    from .hub import Hub
     from .site import Site
 
 

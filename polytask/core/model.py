@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import attach as _attach
-from .attach import HUB, SLOTS, Hub, Slot
+from .attach import HUB, SLOTS, Slot
 from .errors import AdapterError, ModelError, SiteError, listing, nearest
 from .form import Call
+from .hub import Hub, calling
 from .mix import Mix, MixLike
 from .select import Selector, select
 from .site import Site, find_sites
@@ -297,7 +298,7 @@ class Model:
                 return image_features(self, batch["pixel_values"], known)[0]
             return text_features(self, batch, known)
         backbone = getattr(self.module, "base_model", self.module)
-        with _attach.calling(self._hub, call or Call(tasks=self._hub.call.tasks, mask=mask, rows=rows)):
+        with calling(self._hub, call or Call(tasks=self._hub.call.tasks, mask=mask, rows=rows)):
             if self._hub.mix is not None and backbone is not self.module:  # which enters by itself
                 self._hub.enter(dict(batch), ())
             out = backbone(**batch)
@@ -314,7 +315,7 @@ class Model:
         labels = batch["labels"]
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         known = call or Call(tasks=self._hub.call.tasks, mask=batch.get("attention_mask"), rows=len(labels))
-        with _attach.calling(self._hub, known):
+        with calling(self._hub, known):
             if self.kind == "seq2seq":
                 logits = self.module(**inputs, labels=labels).logits
             else:

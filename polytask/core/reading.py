@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attach import INPUTS, Hub, calling
 from .errors import MixError
 from .form import Call
+from .hub import INPUTS, Hub, calling
 from .model import Model, pool
 from .rows import images, padded, prompted, tokens
 from .task import Example, Task

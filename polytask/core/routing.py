@@ -22,7 +22,8 @@ from .site import Site
 from .storage import write, writing
 
 if TYPE_CHECKING:
-    from .attach import Hub, Slot
+    from .attach import Slot
+    from .hub import Hub
     from .model import Model
 
 FORMAT, MARK = 1, "polytask_mix"

@@ -24,7 +24,7 @@ from .bottleneck import FIRST, Beside
 
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
-    from polytask.core.attach import Hub
+    from polytask.core.hub import Hub
     from polytask.core.model import Model
 
 ACTIVATION = ("hidden_act", "hidden_activation", "dense_act_fn", "activation_function", "activation")  # in configs

@@ -19,8 +19,8 @@ from . import _poly_files
 from .union import Joined
 
 if TYPE_CHECKING:
-    from polytask.core.attach import Hub
     from polytask.core.head import Seen
+    from polytask.core.hub import Hub
     from polytask.core.model import Model
 
 TRAINS = ("gates", "all")

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.attach import Hub, Slot
+from polytask.core.attach import Slot
 from polytask.core.errors import AdapterError, MergeError, listing
 from polytask.core.form import NO_CALL, Call, Weights
 from polytask.core.gate import by_row
 from polytask.core.gates import carried
 from polytask.core.head import Head
+from polytask.core.hub import Hub
 from polytask.core.mix import Fixed, Mix, Single
 from polytask.core.model import Model, pool
 from polytask.core.site import Site

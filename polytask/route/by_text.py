@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
-from polytask.core.attach import Hub
 from polytask.core.callables import Embedder
 from polytask.core.errors import ConfigError, MixError, ModelError, listing
 from polytask.core.form import Call
 from polytask.core.gates import RowRouter, RowShared
+from polytask.core.hub import Hub
 from polytask.core.model import Model
 from polytask.core.reading import means, means_of, packed, texts_of
 from polytask.core.signature import signatures

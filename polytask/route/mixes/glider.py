@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from polytask.core.attach import Hub
 from polytask.core.form import Call
 from polytask.core.gate import Gate, by_row, routers
 from polytask.core.gates import RowRouter, RowShared
+from polytask.core.hub import Hub
 from polytask.core.site import Site
 from polytask.route.by_text import TextRouter
 

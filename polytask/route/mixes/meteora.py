@@ -17,7 +17,7 @@ from polytask.core.gates import LinearGate, TokenRouter
 from polytask.core.site import Site
 
 if TYPE_CHECKING:
-    from polytask.core.attach import Hub
+    from polytask.core.hub import Hub
 
 
 @routers.register("meteora")

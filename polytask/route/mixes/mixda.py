@@ -21,8 +21,8 @@ from polytask.core.site import Site
 from polytask.route.layers import fill, grow, through
 
 if TYPE_CHECKING:
-    from polytask.core.attach import Hub
     from polytask.core.head import Seen
+    from polytask.core.hub import Hub
 
 
 @routers.register("mixda")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from polytask.core.adapter import Adapter
-from polytask.core.attach import Hub
 from polytask.core.errors import ConfigError, listing
 from polytask.core.form import Call
 from polytask.core.gate import routers
 from polytask.core.gates import RowShared
+from polytask.core.hub import Hub
 from polytask.core.model import Model
 from polytask.core.reading import means_of
 from polytask.core.site import Site

@@ -26,7 +26,7 @@ from polytask.core.task import Task
 from polytask.route.by_task import block_of, picked
 
 if TYPE_CHECKING:
-    from polytask.core.attach import Hub
+    from polytask.core.hub import Hub
     from polytask.core.model import Model
 
 SELECTS = ("gumbel-st", "gumbel", "softmax")

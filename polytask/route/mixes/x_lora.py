@@ -17,7 +17,7 @@ from polytask.core.site import Site
 from polytask.route.layers import fill, grow, stream, through
 
 if TYPE_CHECKING:
-    from polytask.core.attach import Hub
+    from polytask.core.hub import Hub
 
 
 @routers.register("x-lora")
