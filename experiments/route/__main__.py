@@ -49,6 +49,7 @@ class Bench:
             if task.name not in self.library:
                 self.library.add(adapter, task.name)
         self.adapters = {task.name: self.library[task.name] for task in self.inside}
+        self.picked: dict[str, Any] = {}  # experts for a few examples, by held-out task
         self.heads = {name: adapter.heads[name] for name, adapter in self.adapters.items()}
 
     def row(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +154,38 @@ class Bench:
         heads = {name: mix.heads[name] for name, mix in mixes.items()}
         return (lambda task: mixes.get(task.name, False)), heads, next(iter(mixes.values())).size, None
 
+    def _shots(self, settings: dict[str, Any], entry: dict[str, Any]) -> Any:
+        """For each held-out task the adapters that do best on a few of its examples: a mixture that learns on."""
+        found = self._experts(settings, entry)
+
+        def acting(task: Any) -> Any:
+            if task.name not in found:
+                return False
+            self.model.detach()  # the next task's experts have the same names
+            return found[task.name].mix.attach(self.model)
+
+        return acting, {}, next(iter(found.values())).mix.size, None
+
+    def _single(self, settings: dict[str, Any], entry: dict[str, Any]) -> Any:
+        """The best one of them, as it is."""
+        found = self._experts(settings, entry)
+        first = {task: experts.ranking[0].name for task, experts in found.items()}
+        names = {name: self.model.attach(self.adapters[name], name) for name in sorted({*first.values()})}
+        return (lambda task: names[first[task.name]] if task.name in first else False), {}, 0, None
+
+    def _experts(self, settings: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+        import polytask as pt
+
+        learn = {k: v for k, v in {**self.learn, **entry.get("learn", {})}.items() if k != "form"}
+        for task in self.tasks:
+            if task.name in self.held_out and task.name not in self.picked:
+                self.picked[task.name] = pt.kshot_experts(
+                    self.model, self.library, task, seed=self.seed, out=self.cache / "shots" / task.name,
+                    **learn, **settings,
+                )  # fmt: skip
+                self.model.detach()
+        return self.picked
+
     # Measures
 
     def _score(self, task: Any, mix: Any, head: Any) -> float:
@@ -196,13 +229,13 @@ def say(text: str) -> None:
     print(f"  {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def run(name: str, cache: Path, until: float, only: list[str]) -> None:
+def run(name: str, cache: Path, until: float, only: list[str], seeds: int | None = None) -> None:
     """What is missing of a suite, and its page."""
     file = HERE / f"{name}.yaml"
     config = {"name": name, **read_yaml(file)}
     kept = file.with_suffix(".results.json")
     done = json.loads(kept.read_text()) if kept.exists() else {}
-    for seed in range(config["seeds"]):
+    for seed in range(seeds or config["seeds"]):
         missing = [row for row in config["rows"] if row["name"] not in done.get(str(seed), {})]
         missing = [row for row in missing if not only or row["name"] in only]
         if not missing or time.time() > until:
@@ -225,12 +258,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.route", description=__doc__)
     parser.add_argument("suites", nargs="*", default=list(SUITES))
     parser.add_argument("--only", nargs="*", default=[], help="rows to run; all by default")
+    parser.add_argument("--seeds", type=int, help="how many; the configuration's number by default")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after so many minutes")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/polytask/experiments/route"), help="for adapters")
     given = parser.parse_args()
     until = time.time() + 60 * min(given.minutes, 1e6)
     for name in given.suites:
-        run(name, given.cache.expanduser(), until, given.only)
+        run(name, given.cache.expanduser(), until, given.only, given.seeds)
 
 
 # The page
