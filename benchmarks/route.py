@@ -1,4 +1,4 @@
-"""What routing costs: each token its own adapters, chosen by scores, over the bare forward; with PEFT's Arrow beside it.
+"""What routing costs: each token its own adapters, chosen by scores, over the bare forward; with PEFT's routers beside it.
 
 The base and the adapters are those of `benchmarks.core`. The router here is the smallest one: a random prototype for each adapter
 at each site, scores by one product, the two largest, and a softmax over them.
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytask import Adapter, Mix, Model, PerRow, Weights
+from polytask import Adapter, LoRA, Mix, Model, PerRow, Weights
 from polytask.core.form import Call
-from polytask.core.gate import chosen
+from polytask.core.gate import Router, chosen
 from polytask.core.site import Site
+from polytask.forms.mixture import Mixture
+from polytask.forms.mixtures import mixture_of, routing_of
 
 from .core import PEFT, VOCAB, _resident, adapters, attached, decoder, difference, tokens
 from .measure import interleave, result, twin
@@ -165,7 +167,94 @@ def rows_of_1024(quick: bool) -> dict[str, Any]:
     return result(rows_of_1024.__doc__ or "", took["ours"]["cpu"], 1.15, cases=took)
 
 
+def _x_lora(count: int) -> Callable[..., Any]:
+    @torch.no_grad()
+    def benchmark(quick: bool) -> dict[str, Any]:
+        base, ids = decoder(), tokens(8, 64)
+        given = adapters(base, count, RANK)
+        mixture = mixture_of(Router.of("x-lora").told(list(given)), given, seed=1, name="mixture")
+        model = attached(base, {})
+        model.use(routing_of(mixture.trainable(False), given).attach(model))
+        cases: dict[str, Callable[[], object]] = {"bare": lambda: base(ids), "ours": lambda: model.module(ids)}
+        details = {}
+        if PEFT:
+            theirs = _peft_x_lora(base, given)
+            cases["peft"] = lambda: theirs(input_ids=ids, use_cache=False)
+            shared, layers = model._hub.mix.shared, theirs.base_model.internal_xlora_classifier.layers  # type: ignore[union-attr]
+            for i, layer in enumerate(m for m in layers if isinstance(m, nn.Linear)):
+                shared.get_parameter(f"W{i}").copy_(layer.weight)
+                shared.get_parameter(f"b{i}").copy_(layer.bias)
+            theirs_out = theirs(input_ids=ids, use_cache=False).logits
+            details["difference_to_peft"] = difference(model.module(ids).logits, theirs_out)
+        return _beside(benchmark.__doc__ or "", cases, "x-lora", quick, **details)
+
+    benchmark.__name__ = f"x_lora_of_{count}"
+    benchmark.__doc__ = (
+        f"8 x 64 tokens, all of {count} LoRAs weighed by X-LoRA after a first pass, over the bare forward"
+    )
+    return benchmark
+
+
+def _peft_x_lora(base: nn.Module, given: dict[str, Adapter]) -> Any:
+    """PEFT's X-LoRA over the same tensors and adapters."""
+    from peft import XLoraConfig, get_peft_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        # it calls them by their numbers, whatever they are called here
+        paths = {str(i): str(adapter.save(Path(folder) / name)) for i, (name, adapter) in enumerate(given.items())}
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=512, adapters=paths, xlora_depth=1)
+        return get_peft_model(twin(base), config).eval()  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def poly_of_8(quick: bool) -> dict[str, Any]:
+    """8 x 64 tokens, each row the mean of 8 skills' factors that its task takes, over the bare forward"""
+    base, ids = decoder(), tokens(8, 64)
+    names = [str(i) for i in range(8)]
+    form = Mixture({"name": "poly", "tasks": names}, 8, LoRA(rank=RANK, init="random"))
+    model = attached(base, {"inventory": Adapter.new(Model(base), form, "linear", seed=0)}, "inventory")
+    cases: dict[str, Callable[[], object]] = {"bare": lambda: base(ids), "ours": lambda: model.module(ids)}
+    if PEFT:
+        from peft import PolyConfig, get_peft_model
+
+        config = PolyConfig(
+            target_modules=r"model\.layers\..*_proj", r=RANK, n_tasks=8, n_skills=8, n_splits=1, init_weights=False
+        )
+        theirs, tasks = get_peft_model(twin(base), config).eval(), torch.arange(8)  # type: ignore[arg-type]
+        cases["peft"] = lambda: theirs.base_model(input_ids=ids, task_ids=tasks)
+    with model.using("inventory", tasks=names):
+        return _beside(poly_of_8.__doc__ or "", cases, "poly", quick)
+
+
+@torch.no_grad()
+def fusion_of_8(quick: bool) -> dict[str, Any]:
+    """8 x 64 tokens, AdapterFusion's attention over 8 bottlenecks after each feed-forward, over the bare forward"""
+    base, ids = decoder(), tokens(8, 64)
+    given = {
+        f"a{i}": Adapter.new(Model(base), {"name": "bottleneck", "style": "pfeiffer"}, seed=i, name=f"a{i}")
+        for i in range(8)
+    }
+    mixture = mixture_of(Router.of("adapterfusion").told(list(given)), given, seed=1, name="mixture")
+    model = attached(base, {})
+    model.use(routing_of(mixture.trainable(False), given).attach(model))
+    cases = {"bare": lambda: base(ids), "ours": lambda: model.module(ids)}
+    took = interleave(cases, 2 if quick else 11, "bare")
+    return result(fusion_of_8.__doc__ or "", took["ours"]["cpu"], None, cases=took)
+
+
+def _beside(
+    what: str, cases: dict[str, Callable[[], object]], router: str, quick: bool, **details: Any
+) -> dict[str, Any]:
+    """A result whose limit is what PEFT takes for the same, where it is installed."""
+    took = interleave(cases, 2 if quick else 11, "bare")
+    ours, theirs = took["ours"]["cpu"], took["peft"]["cpu"] if "peft" in took else None
+    peer = {} if theirs is None else {f"{PEFT} {router}": theirs}
+    return result(
+        what, ours, None, peer, ok=None if theirs is None else ours <= theirs, must="<= PEFT's", cases=took, **details
+    )
+
+
 BENCHMARKS = (
     _benchmark(8, 1.35, peft=True), _benchmark(32, 1.45, peft=True), _benchmark(128, 1.7), _benchmark(1024, 2.7),
-    _benchmark(128, 2.0, 32, 1), rows_of_1024,
+    _benchmark(128, 2.0, 32, 1), rows_of_1024, _x_lora(8), _x_lora(32), poly_of_8, fusion_of_8,
 )  # fmt: skip
