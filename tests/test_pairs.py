@@ -212,13 +212,15 @@ def test_a_compiled_graph_has_no_breaks(step):
 # The bank of LoRAs
 
 
-def bank(ranks=(4, 4, 4), alphas=None, i=8, o=12):
+def bank(ranks=(4, 4, 4), alphas=None, i=8, o=12, dropout=0.0):
     """Bound patches by name at one linear site."""
     generator, base = torch.Generator().manual_seed(0), nn.Linear(i, o)
     site = pt.Site("block.dense", "linear", "other", (o, i), bias=True)
     patches = {}
     for n, rank in enumerate(ranks):
-        patch = pt.LoRA(rank=rank, alpha=None if alphas is None else alphas[n], init="random").patch(site)
+        patch = pt.LoRA(rank=rank, alpha=None if alphas is None else alphas[n], init="random", dropout=dropout).patch(
+            site
+        )
         patch.start(generator)
         patches[f"a{n}"] = patch.requires_grad_(False).bound(base, site)
     return patches
@@ -294,6 +296,24 @@ def test_averaged_factors_at_every_grain(grain):
     for graph in (False, True):
         with torch.set_grad_enabled(graph):
             got = LoRABank(patches).average(x, y, y.clone(), weights, Call())
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [None, (2,), (2, 5)], ids=["floats", "rows", "tokens"])
+def test_averaged_factors_draw_one_mask_while_they_learn(lead):
+    patches = bank((4,) * 3, dropout=0.5)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 12)
+    dense = torch.tensor([0.5, -1.0, 2.0]) if lead is None else torch.randn(*lead, 3)
+    weights = Weights(tuple(patches), tuple(dense.tolist()) if lead is None else dense)
+    spread = dense.reshape(*(lead or ()), *[1] * (2 - len(lead or ())), 3).expand(2, 5, 3).reshape(-1, 3)
+    for training in (True, False):
+        next(iter(patches.values())).base.train(training)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            got = LoRABank(patches).average(x, y, y.clone(), weights)
+        torch.manual_seed(7)
+        seen = nn.functional.dropout(x, 0.5, training)
+        want = by_hand(patches, seen.flatten(0, 1), y.flatten(0, 1), spread).view(2, 5, 12)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -543,6 +543,14 @@ class TestCentroid:
         _, beams = self.written(decoder, mix, ids, num_beams=2)
         assert all(torch.allclose(weights, seen[0].expand(2, -1)) for weights in beams)
 
+    def test_beams_have_the_weights_of_their_own_prompt(self, decoder):
+        mix = self.make(decoder, every=100)
+        ids = torch.tensor([[5, 6, 7, 8], [9, 9, 5, 9]])
+        _, seen = self.written(decoder, mix, ids)
+        assert (seen[0][0] - seen[0][1]).abs().max() > 0.01
+        _, beams = self.written(decoder, mix, ids, num_beams=2)
+        assert all(torch.allclose(weights, seen[0].repeat_interleave(2, 0), atol=1e-6) for weights in beams)
+
     def test_padding_and_no_cache(self, decoder):
         ids, longer = torch.tensor([[7, 8, 9]]), torch.tensor([[0, 0, 7, 8, 9]])
         mix = self.make(decoder)

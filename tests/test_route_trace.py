@@ -14,6 +14,7 @@ from zoo import tiny
 
 import polytask as pt
 from polytask.core.errors import ConfigError
+from polytask.core.head import head_for
 from polytask.core.routing import Routing
 from polytask.report.trace import picture
 from polytask.route.trace import trace
@@ -89,6 +90,34 @@ class TestTrace:
         for shares in found.tasks.values():
             assert sum(shares) == pytest.approx(1.0)
         assert picture(found.as_dict())[:4] == b"\x89PNG"
+
+    @pytest.mark.parametrize("router", ["arrow", "uniform"])
+    def test_while_the_model_writes(self, decoder, router):
+        """With a cache each token is decided once, and as in one forward over the text that came out."""
+        mix = pt.route(made(decoder), router, model=decoder)
+        task = pt.Task(name="a", kind="generate", train=[], dev=[], test=[pt.Example(("what a day",), "fine")])
+        found = trace(decoder, mix, [task], write=True)
+        (example,) = found.examples
+        decided = torch.tensor(example["weights"])
+        assert 1 < example["prompt"] < len(example["tokens"]) == decided.shape[1]
+        texts = []
+        with decoder.using(mix):
+            head = head_for(decoder, task)
+            texts.append(head.written(decoder, head.rows(decoder, task.test))[0][:, :-1])
+        seen = {}
+        see = lambda gate, weights, call: seen.__setitem__(gate.site.name, weights.dense())  # noqa: E731
+        with torch.no_grad(), decoder.using(mix), mix.tracing(see):
+            decoder.module(input_ids=texts[0])
+        for site, weights in zip(example["sites"], decided, strict=True):
+            torch.testing.assert_close(weights, seen[site].reshape(-1, 3).expand(len(weights), -1), atol=1e-3, rtol=0)
+        given = trace(decoder, mix, [task]).examples[0]
+        assert given["tokens"][: example["prompt"]] == example["tokens"][: example["prompt"]]
+        assert picture(found.as_dict())[:4] == b"\x89PNG"
+
+    def test_only_texts_are_written(self, encoder):
+        mix = pt.route(made(encoder), "uniform", model=encoder)
+        with pytest.raises(ConfigError, match="none of .* asks for text"):
+            trace(encoder, mix, tasks(), write=True)
 
     def test_on_images(self):
         module, _ = tiny("vit")

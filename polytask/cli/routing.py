@@ -46,6 +46,7 @@ def route(
         str, typer.Option("--split", help="Of the data that a trace looks at: train, dev or test.")
     ] = "test",
     examples: Annotated[int, typer.Option("--examples", help="Of each task in a trace.", min=1)] = 16,
+    write: Annotated[bool, typer.Option("--write", help="Trace the answers that the model writes itself.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -81,7 +82,7 @@ def route(
         raise ConfigError(f"{word!r} is no word of route; those are trace, mbc, kshot-experts and list")
     chosen = _settings(settings or [])
     if word == "trace":
-        _trace(given[1], given[2], base, data, out or "trace", split, examples, as_json)
+        _trace(given[1], given[2], base, data, out or "trace", split, examples, write, as_json)
     elif word == "mbc":
         _mbc(given[1], base, data, out, seed, chosen, as_json)
     elif word == "kshot-experts":
@@ -173,7 +174,9 @@ def _kshot(
     )
 
 
-def _trace(file: str, library: str, base: str, data: str, out: str, split: str, examples: int, as_json: bool) -> None:
+def _trace(
+    file: str, library: str, base: str, data: str, out: str, split: str, examples: int, write: bool, as_json: bool
+) -> None:  # fmt: skip
     from polytask.core.model import Model
     from polytask.core.routing import Routing
     from polytask.core.task import read_tasks
@@ -184,7 +187,7 @@ def _trace(file: str, library: str, base: str, data: str, out: str, split: str, 
     tasks = read_tasks(_need(data, "the tasks (--data)"))
     mix = Routing.load(file, source_of(library))
     model = Model.load(_need(base, "the base (--base)"))
-    found = trace(model, mix.attach(model), tasks, split=split, examples=examples)
+    found = trace(model, mix.attach(model), tasks, split=split, examples=examples, write=write)
     folder = found.save(out)
     pictures = drawn(folder)
     _say(f"saved in {folder}: {', '.join(path.name for path in (folder / 'trace.json', *pictures))}")

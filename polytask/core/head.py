@@ -340,9 +340,14 @@ class TextHead(Head):
         nll, count = _likelihood(out)
         return list(zip(nll.tolist(), count.tolist(), strict=True))
 
-    @torch.no_grad()
     def write(self, model: Model, rows: Sequence[Row]) -> list[str]:
         """Greedy answers to the rows' prompts."""
+        out, start = self.written(model, rows)
+        return [text.strip() for text in model.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def written(self, model: Model, rows: Sequence[Row]) -> tuple[Tensor, int]:
+        """What `write` decodes: token ids [B, T], and where the answers begin."""
         tokenizer = model.tokenizer
         prompts = [row.sequences[0][: row.starts[0]] for row in rows]
         width = max(len(p) for p in prompts)
@@ -353,8 +358,7 @@ class TextHead(Head):
         out = model.module.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, max_new_tokens=self.longest_answer, do_sample=False, pad_token_id=pad
         )
-        new = out if model.kind == "seq2seq" else out[:, width:]
-        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return out, 0 if model.kind == "seq2seq" else width
 
 
 def _side_by_side(values: Tensor, rows: Sequence[Row]) -> Tensor:

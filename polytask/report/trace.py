@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CONTENT = Mapping[str, Any]
 MOST = 16  # adapters with a column of their own; the rest is summed up
 ROW, LINE = 0.24, 0.115  # heights of a row with numbers, and of a site
-TEXTS = 3  # examples that are drawn
+TEXTS, TOKENS = 3, 48  # examples that are drawn, and tokens of each
 COLOURS = [PAINT[f"m{i}"][0] for i in range(6)]
 
 
@@ -138,8 +138,10 @@ def _tokens(axes: Axes, example: CONTENT, adapters: Sequence[str], ranked: Seque
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    tokens = example["tokens"][:48]
-    rows = [[_lead(token) for token in _spread(weights, len(tokens))] for weights in example["weights"]]
+    count, prompt = len(example["tokens"]), example.get("prompt")
+    first = 0 if prompt is None else max(0, min(prompt - MOST, count - TOKENS))  # what was written matters most
+    tokens = example["tokens"][first : first + TOKENS]
+    rows = [[_lead(t) for t in _spread(weights, count)[first : first + TOKENS]] for weights in example["weights"]]
     paint = {who: to_rgb(COLOURS[turn]) for turn, who in enumerate(ranked)}
     grey = to_rgb(MUTED)
     tones = [[tuple(1 - w * (1 - c) for c in paint.get(who, grey)) for who, w in row] for row in rows]
@@ -150,6 +152,8 @@ def _tokens(axes: Axes, example: CONTENT, adapters: Sequence[str], ranked: Seque
             fit(token, max(across, 0.12), 6), (place + 0.5, len(rows)), (0, -3), textcoords="offset points", ha="center",
             va="top", fontsize=6,
         )  # fmt: skip
+    if prompt is not None:
+        axes.axvline(prompt - first, color=INK, linewidth=1.2)
     _some(axes, example["sites"], left)
     keys = [Patch(color=COLOURS[turn], label=fit(adapters[who], 1.1, SMALL)) for turn, who in enumerate(ranked)]
     if len(adapters) > len(ranked):
@@ -158,8 +162,9 @@ def _tokens(axes: Axes, example: CONTENT, adapters: Sequence[str], ranked: Seque
         handles=keys, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(keys), fontsize=SMALL, frameon=False,
         handlelength=0.8, handleheight=0.8, columnspacing=1.0, borderaxespad=0.1,
     )  # fmt: skip
+    beyond = "" if prompt is None else ", after the line of those that it wrote"
     axes.annotate(
-        f"an example of {example['task']}: the adapter that leads at each token", (0, 0), (0, 21),
+        f"an example of {example['task']}: the adapter that leads at each token{beyond}", (0, 0), (0, 21),
         textcoords="offset points", fontsize=SMALL + 1, color=INK,
     )  # fmt: skip
 

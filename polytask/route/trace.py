@@ -18,7 +18,7 @@ from torch import Tensor
 from polytask.core.errors import ConfigError, MixError, listing
 from polytask.core.form import Call, Weights
 from polytask.core.gate import Gate, serving
-from polytask.core.head import collate, head_for
+from polytask.core.head import TextHead, collate, head_for
 from polytask.core.model import Model
 from polytask.core.routing import Routing
 from polytask.core.storage import write, writing
@@ -41,7 +41,8 @@ class Trace:
         agreement: for each task how often the adapter of the task had the largest weight at a token; None where no adapter is
             that task's.
         chance: what picking any adapter would agree.
-        examples: for one example of each task its tokens and their weights, [S][T][N].
+        examples: for one example of each task its tokens and their weights, [S][T][N]; ``prompt`` is how many of them the model
+            did not write itself.
         facts: what the router tells of itself, such as which adapters a task uses.
     """
 
@@ -118,8 +119,9 @@ class _Sums:
 
 @torch.no_grad()
 def trace(
-    model: Model, mix: Routing, tasks: Sequence[Task], *, split: str = "test", examples: int = 16, longest: int = 96
-) -> Trace:
+    model: Model, mix: Routing, tasks: Sequence[Task], *, split: str = "test", examples: int = 16, longest: int = 96,
+    write: bool = False,
+) -> Trace:  # fmt: skip
     """Runs a mix over some examples of tasks and sees every decision.
 
     Args:
@@ -129,9 +131,10 @@ def trace(
         split: of the tasks.
         examples: of each task.
         longest: tokens kept of a text.
+        write: let the model write its own answers, where a task asks for text; else it reads the given ones.
 
     Raises:
-        ConfigError: a task has no such examples.
+        ConfigError: a task has no such examples, or ``write`` and none asks for text.
         MixError: nothing was decided.
     """
     names, sites = list(mix.adapters), list(mix.gates)
@@ -139,6 +142,8 @@ def trace(
     everything = _Sums(names, sites)
     made = Trace({"name": mix.router.name, **mix.router.settings()}, names, chance=1.0 / len(names))
     made.facts = dict(mix.facts)
+    if write and not any(task.kind == "generate" for task in tasks):
+        raise ConfigError(f"none of {listing([task.name for task in tasks])} asks for text; trace without write")
     for task in tasks:
         rows = getattr(task, split)[:examples]
         if not rows:
@@ -148,14 +153,22 @@ def trace(
         head = head_for(model, task)
         for number, row in enumerate(head.rows(model, rows, longest=longest)):
             batch = collate(model, head, [row])
-            seen = _Seen(names)
+            writes = write and isinstance(head, TextHead) and task.kind == "generate"
+            seen = _Written(names, 1 if model.kind == "seq2seq" else row.starts[0]) if writes else _Seen(names)
             with mix.tracing(seen), model.using(mix, tasks=task.name):
-                head.run(model, batch)
+                if writes and isinstance(head, TextHead):
+                    text, start = head.written(model, [row])
+                    if start:  # the last token is not read any more
+                        batch = {"input_ids": text[:, :-1]}
+                else:
+                    head.run(model, batch)
             for site, weights in seen.tokens().items():
                 sums.add(site, weights, own)
             if number == 0:
                 kept = seen
                 made.examples.append({"task": task.name, **_words(model, batch)})
+                if writes and start:
+                    made.examples[-1]["prompt"] = start
         made.examples[-1] |= {"sites": list(kept.found), "weights": _rounded(kept.tokens())}
         made.tasks[task.name] = (sums.load.sum(0) / sums.load.sum().clamp(min=1e-12)).tolist()
         made.agreement[task.name] = None if own is None else float(sums.own[0] / sums.own[1].clamp(min=1))
@@ -182,10 +195,7 @@ class _Seen:
         self.found: dict[str, Tensor] = {}
 
     def __call__(self, gate: Gate, weights: Weights, call: Call) -> None:
-        dense = weights.dense().detach().float().cpu()
-        full = torch.zeros(*dense.shape[:-1], len(self.names))
-        full[..., [self.names.index(name) for name in weights.names]] = dense
-        full = full.reshape(-1, len(self.names)) if full.dim() > 1 else full[None]
+        full = self.full(weights)
         mask = call.mask
         if mask is not None and mask.numel() == len(full):
             full = full[mask.flatten().bool().cpu()]
@@ -193,10 +203,43 @@ class _Seen:
             full = full.repeat_interleave(mask.sum(1).long().cpu(), 0)
         self.found[gate.site.name] = full  # of a site that acts several times in a forward, the last
 
+    def full(self, weights: Weights) -> Tensor:
+        """The weights of all adapters: [M, N] of M tokens or rows, or [1, N]."""
+        dense = weights.dense().detach().float().cpu()
+        full = torch.zeros(*dense.shape[:-1], len(self.names))
+        full[..., [self.names.index(name) for name in weights.names]] = dense
+        return full.reshape(-1, len(self.names)) if full.dim() > 1 else full[None]
+
     def tokens(self) -> dict[str, Tensor]:
         """[M, N] by site; a decision that holds for everything counts for each token."""
         most = max((len(weights) for weights in self.found.values()), default=1)
         return {site: w.expand(most, -1) if len(w) == 1 else w for site, w in self.found.items()}
+
+
+class _Written(_Seen):
+    """The decisions while one text is written: those of its prompt, and of each token that follows.
+
+    Args:
+        names: of the adapters.
+        prompt: how many tokens the first step reads.
+    """
+
+    def __init__(self, names: Sequence[str], prompt: int) -> None:
+        super().__init__(names)
+        self.prompt = prompt
+        self.steps: dict[str, list[Tensor]] = {}
+
+    def __call__(self, gate: Gate, weights: Weights, call: Call) -> None:
+        self.steps.setdefault(gate.site.name, []).append(self.full(weights))
+
+    def tokens(self) -> dict[str, Tensor]:
+        for site, steps in self.steps.items():
+            if len(steps[-1]) > 1:  # written without a cache: the last step reads everything
+                self.found[site] = steps[-1]
+            else:
+                first = steps[0].expand(self.prompt, -1) if len(steps[0]) == 1 else steps[0]
+                self.found[site] = torch.cat([first, *steps[1:]])
+        return super().tokens()
 
 
 def _words(model: Model, batch: dict[str, Tensor]) -> dict[str, Any]:
