@@ -120,6 +120,7 @@ class TestXLoRA:
             for _ in range(out.shape[1] - IDS.shape[1]):
                 text = torch.cat([text, model.module(text).logits[:, -1:].argmax(-1)], 1)
             assert torch.equal(out, text)
+            assert torch.equal(model.module.generate(IDS, **ask), text)
             assert len(model.module.generate(IDS, use_cache=False, num_beams=2, **ask)) == 2
 
     def test_a_decoder_takes_the_weights_of_the_text(self):

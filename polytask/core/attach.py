@@ -311,6 +311,8 @@ def _generating(original: Callable[..., Any]) -> Callable[..., Any]:
         given = {str(main): args[0], **kwargs} if args and main else kwargs
         hub.enter(given, args)  # the parts that generate calls by themselves (an encoder) know the call too
         hub.generating = True
+        if hub.rereads:
+            kwargs = {"use_cache": False, **kwargs}
         try:
             return original(self, *args, **kwargs)
         finally:

@@ -438,6 +438,11 @@ class Form:
     template: ClassVar[str] = ""
     wants: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def rereads(self) -> bool:
+        """As of `polytask.core.mix.Mix`."""
+        return False
+
     def fitted(self, model: Model) -> Form:
         """This form with the settings that it reads off a base when nobody says them (widths, for instance)."""
         return self

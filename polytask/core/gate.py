@@ -150,6 +150,7 @@ class Router:
         kinds: the kinds of site where it can weigh adapters; any where empty.
         signature: the kind of signature of an adapter that it needs; none where empty.
         signed_by: the settings that such a signature depends on.
+        rereads: as of `polytask.core.mix.Mix`.
         alike: whether experts that start fresh start as copies of one.
         exceptions: checks of the contract suite that do not hold for it, each with the reason.
     """
@@ -162,6 +163,7 @@ class Router:
     kinds: ClassVar[tuple[str, ...]] = ()
     signature: ClassVar[str] = ""
     signed_by: ClassVar[tuple[str, ...]] = ()
+    rereads: ClassVar[bool] = False
     alike: ClassVar[bool] = False
     exceptions: ClassVar[Mapping[str, str]] = {}
 

@@ -107,6 +107,12 @@ class Hub:
             self.mix, self.entering, self.unreached = before
 
     @property
+    def rereads(self) -> bool:
+        """Whether a decoder writes without a cache, as what acts reads the whole text at every token."""
+        acting = (self.mix, *(adapter.form for adapter in self.entering))
+        return not self.crossed and any(one is not None and one.rereads for one in acting)
+
+    @property
     def crossed(self) -> bool:
         """Whether the model is an encoder-decoder."""
         return bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))

@@ -36,9 +36,11 @@ class Mix(ABC):
     Attributes:
         combines: ``"outputs"`` adds the weighted contributions; ``"parameters"`` averages the adapters' parameters with
             the weights first and applies the average once. The two differ for every form that is a product of factors.
+        rereads: whether every forward reads the whole text anew, so that a decoder writes without a cache.
     """
 
     combines: ClassVar[Literal["outputs", "parameters"]] = "outputs"
+    rereads: ClassVar[bool] = False
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ class Routing(Mix):
     ) -> None:
         self.router, self.adapters, self.gates, self.shared = router, dict(adapters), dict(gates), shared
         self.heads, self.about = dict(heads or {}), dict(about or {})
-        self.combines = router.combines  # type: ignore[misc]  # as the router says
+        self.combines, self.rereads = router.combines, router.rereads  # type: ignore[misc]  # as the router says
         if not self.adapters:
             raise MixError("a router needs at least one adapter")
 

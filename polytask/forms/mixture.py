@@ -56,6 +56,12 @@ class Mixture(Form):
     )  # fmt: skip
     mergeable: ClassVar[bool] = False
     enters: ClassVar[bool] = True
+
+    @property
+    def rereads(self) -> bool:
+        """As its router does."""
+        return self.router.rereads
+
     peft_type: ClassVar[str] = "POLYTASK_MIXTURE"
     paper: ClassVar[str] = "arXiv 2309.05444"
 

@@ -27,7 +27,7 @@ class XLoRA(TokenRouter):
     token, the same at all sites. The first pass is without gradients; every forward costs two.
 
     A decoder of an encoder-decoder, and sites that see other tokens than H has, get the mean of their row's weights. A causal
-    text is written with ``use_cache=False``, since each token needs the whole first pass.
+    text is written without a cache, since each token needs the whole first pass.
 
     Args:
         top_k: how many of a token's weights are kept, the rest is zero; all where 0.
@@ -43,7 +43,7 @@ class XLoRA(TokenRouter):
 
     Raises:
         ConfigError: a setting is out of range.
-        MixError: a cache of a causal model, a width that cannot be told, or a base that gives no vectors of tokens.
+        MixError: a causal model is asked for a cache, a width cannot be told, or a base gives no vectors of tokens.
     """
 
     depth: int = 1
@@ -54,6 +54,7 @@ class XLoRA(TokenRouter):
     scale: float = 1.0
 
     trains: ClassVar[Any] = "gates"
+    rereads: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "norm", "block")
     paper: ClassVar[str] = "arXiv 2402.07148"
     exceptions: ClassVar[Mapping[str, str]] = {
