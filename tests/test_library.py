@@ -433,6 +433,15 @@ def test_opening_ten_thousand_reads_no_adapter(tmp_path, monkeypatch):
     assert opened == [tmp_path.name, ".removed"]
 
 
+def test_adding_asks_for_the_base_without_reading_all_rows(tmp_path):
+    from polytask.core.library.index import _FIRST
+
+    lib = Library(tmp_path)
+    with lib._index.writing() as db:
+        plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {_FIRST}"))
+    assert "USING INDEX first" in plan and "TEMP B-TREE" not in plan
+
+
 def test_commands_that_only_look_need_no_torch(lib):
     code = (
         "import sys; from polytask.core.library import Library; lib = Library(sys.argv[1]); "

@@ -22,6 +22,7 @@ PATIENCE = 60.0  # seconds that a writer waits for another
 _TABLES = (
     "CREATE TABLE adapters (folder TEXT PRIMARY KEY, name TEXT, state TEXT, form TEXT, base TEXT, fingerprint TEXT, hash TEXT, "
     "added TEXT, facts TEXT, more TEXT)",
+    "CREATE INDEX first ON adapters (added, name) WHERE fingerprint <> '' AND state = 'there'",  # for _FIRST
     "CREATE TABLE changing (folder TEXT, pid INTEGER, PRIMARY KEY (folder, pid)) WITHOUT ROWID",
     f"PRAGMA user_version = {VERSION}",
 )
