@@ -89,6 +89,7 @@ def sized(name: str, model: Any, budget: int, config: dict[str, Any]) -> Any:
     Returns (form, parameters), or None where the form acts at no site of the model.
     """
     import polytask as pt
+    from polytask.core.errors import SiteError
     from polytask.core.form import forms
 
     kind = forms[name]
@@ -98,8 +99,10 @@ def sized(name: str, model: Any, budget: int, config: dict[str, Any]) -> Any:
     def count(**extra: Any) -> int | None:
         try:
             return pt.Adapter.new(model, kind.of({"name": name, **given, **extra}), sites).size
-        except (pt.PolytaskError, RuntimeError, ValueError):
-            return None
+        except (pt.PolytaskError, RuntimeError, ValueError) as error:
+            if extra or isinstance(error, SiteError):  # a size that does not fit
+                return None
+            raise
 
     fields = {f.name for f in dataclasses.fields(kind)}
     knob = next((k for k in KNOBS if k in fields and k not in given), None)
@@ -115,7 +118,7 @@ def sized(name: str, model: Any, budget: int, config: dict[str, Any]) -> Any:
         best = min(tried, key=lambda size: abs(math.log(tried[size] / budget)))
         return kind.of({"name": name, **given, knob: best}), tried[best]
     found = count()
-    return (kind.of({"name": name, **given}), found) if found else None
+    return None if found is None else (kind.of({"name": name, **given}), found)
 
 
 def one(config: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
