@@ -208,6 +208,24 @@ def test_on_images(router):
             torch.testing.assert_close(there, output(model.module(**batch)), rtol=1e-4, atol=1e-5)
 
 
+def test_two_routers_of_one_folder_share_what_is_attached(encoder, tmp_path):
+    for name, adapter in made(encoder).items():
+        adapter.save(tmp_path / name)
+    one = pt.route(tmp_path, "arrow", model=encoder)
+    two = pt.route(tmp_path, "uniform", model=encoder)
+    assert all(one.adapters[n] is two.adapters[n] is encoder.adapters[n] for n in NAMES)
+    other = made(encoder, same=True)
+    with pytest.raises(AdapterError, match="'b' is attached already"):
+        pt.route(other, "uniform", model=encoder)
+    two.detach(encoder)
+    assert not encoder.adapters
+
+
+def test_what_adapters_come_from(encoder):
+    with pytest.raises(MixError, match="from a library, a mapping, a list or a folder, not from 5"):
+        pt.route(5, "uniform", model=encoder)
+
+
 @pytest.mark.parametrize("router", LEARNED)
 class TestLearned:
     def test_it_learns_and_leaves_what_it_should(self, router, encoder, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def given(source: Any) -> dict[str, Adapter]:
     if isinstance(source, Mapping):
         found = dict(source)
     else:
+        if not isinstance(source, Iterable):
+            raise MixError(f"adapters come from a library, a mapping, a list or a folder, not from {source!r}")
         items = list(source)
         found = {adapter.name: adapter for adapter in items}
         if len(found) < len(items) or "" in found:

@@ -153,6 +153,8 @@ class Routing(Mix):
     def attach(self, model: Model, *, check_base: bool = True) -> Routing:
         """Attaches the adapters that are not attached yet, and moves the gates to the base's device. Returns itself.
 
+        Where an equal adapter has its name there already, that one is used.
+
         Raises:
             AdapterError: an adapter is for another base, or another one has its name.
         """
@@ -160,7 +162,10 @@ class Routing(Mix):
         done: list[str] = []
         try:
             for name, adapter in self.adapters.items():
-                if there.get(name) is not adapter:
+                present = there.get(name)
+                if present is not None and present is not adapter and present.hash == adapter.hash:
+                    self.adapters[name] = present
+                elif present is not adapter:
                     done.append(model.attach(adapter, name, check_base=check_base))
             for part in (*self.parts.values(), *self.heads.values()):
                 part.to(model.device)
