@@ -143,7 +143,7 @@ def kshot_experts(
     source = source_of(adapters)
     base = _base(model, source, "kshot-experts tries the adapters on the shots")
     known = given(source)
-    ranking = rank(base, known, shots, drawn, weight=weight)
+    ranking = rank(base, known, shots, drawn, weight=weight, longest=options.get("longest"))
     names, alike = diverse(known, [row.name for row in ranking[:short]], experts)
     more = pool.train if isinstance(pool, Task) else list(pool or ())
     found = near(drawn, more, examples - len(drawn), shots, embed=embed, apart=apart)

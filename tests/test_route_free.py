@@ -123,6 +123,19 @@ class TestPhatGoose:
             wanted = x @ layer.weight.T + layer.bias + weight * (x @ change.T)
             torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
+    def test_texts_are_cut_as_they_were_for_the_adapter(self, encoder, monkeypatch):
+        task, cut = colours(), []
+        adapter = made(encoder, ("a",))["a"]
+        head = adapter.heads[task.name] = head_for(encoder, task, seed=3)
+        real = type(head).rows
+        monkeypatch.setattr(
+            type(head), "rows", lambda self, *a, **more: cut.append(more["longest"]) or real(self, *a, **more)
+        )
+        learned_gates(adapter, encoder, task, steps=1, lr=0.05, batch_size=2)
+        adapter.card.training = {"stage": {"schedule": {"longest": 5}}}
+        learned_gates(adapter, encoder, task, steps=1, lr=0.05, batch_size=2)
+        assert cut == [None, 5]
+
     def test_learning_moves_the_gates_alone_and_lowers_the_loss(self, encoder):
         task = colours()
         adapter = made(encoder, ("a",))["a"]

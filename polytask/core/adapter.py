@@ -234,6 +234,12 @@ class Adapter:
         return next(iter(self.heads.values()))
 
     @property
+    def longest(self) -> int | None:
+        """Tokens kept of a text while it learned; None where its card does not say, or all were kept."""
+        found = self.card.training.get("stage", {}).get("schedule", {}).get("longest")
+        return found if isinstance(found, int) else None
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks that it has heads for, and of those on its card."""
         return tuple(dict.fromkeys([*self.heads, *[str(task.get("name")) for task in self.card.tasks]]))

@@ -78,7 +78,7 @@ def shots_of(task: Task, k: int | None = None) -> list[Example]:
 
 def rank(
     model: Model, adapters: Mapping[str, Adapter], task: Task, shots: Sequence[Example], *, weight: float = 0.5,
-    batch_size: int = 16,
+    batch_size: int = 16, longest: int | None = None,
 ) -> list[Ranked]:  # fmt: skip
     """All adapters by how well they do on the shots, the best first; the order in which they are given does not matter.
 
@@ -89,11 +89,14 @@ def rank(
         shots: examples.
         weight: of the place by the metric; that by the loss has the rest. How the two are weighed is ours.
         batch_size: sequences per forward.
+        longest: tokens kept of a text.
 
     Raises:
         MixError: an adapter has no head that could answer.
     """
-    measured = {name: _measured(model, name, adapters[name], task, shots, batch_size) for name in sorted(adapters)}
+    measured = {
+        name: _measured(model, name, adapters[name], task, shots, batch_size, longest) for name in sorted(adapters)
+    }
     sign = -1.0 if METRICS[task.metric or default_metric(task.kind)].higher_is_better else 1.0
     by_score = _places({name: sign * score for name, (score, _) in measured.items()})
     by_loss = _places({name: loss for name, (_, loss) in measured.items()})
@@ -112,7 +115,13 @@ def _places(values: Mapping[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def _measured(
-    model: Model, name: str, adapter: Adapter, task: Task, shots: Sequence[Example], batch_size: int
+    model: Model,
+    name: str,
+    adapter: Adapter,
+    task: Task,
+    shots: Sequence[Example],
+    batch_size: int,
+    longest: int | None,
 ) -> tuple[float, float]:
     """Metric and loss of one adapter."""
     head = _head(model, name, adapter, task)
@@ -121,8 +130,8 @@ def _measured(
     model.attach(adapter, attached)
     try:
         with model.using(attached, tasks=task.name):
-            found = predict(model, head, head.rows(model, shots, scoring=True), batch_size=batch_size)
-            rows, total, count = head.rows(model, shots), 0.0, 0.0
+            found = predict(model, head, head.rows(model, shots, scoring=True, longest=longest), batch_size=batch_size)
+            rows, total, count = head.rows(model, shots, longest=longest), 0.0, 0.0
             for batch in batches([r.length for r in rows], [r.count for r in rows], batch_size):
                 some = [rows[i] for i in batch]
                 losses, weights = head.loss(head.run(model, collate(model, head, some)), some)

@@ -52,7 +52,8 @@ def learned_gates(
 ) -> dict[str, Tensor]:
     """The vectors v by site, from zero, that make the loss of the adapter's own task least; nothing else moves.
 
-    A task that the adapter has no head for gets one that learns beside the gates and is dropped with them.
+    Texts are cut as they were while the adapter learned. A task that the adapter has no head for gets one that learns beside the
+    gates and is dropped with them.
 
     Args:
         adapter: it need not be attached.
@@ -82,7 +83,8 @@ def learned_gates(
     with still(model, adapter) as name, torch.enable_grad(), model.using(Gated(name, gates), tasks=task.name):
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(task.train), generator=draw)[: steps * batch_size].tolist()  # more are never seen
-        drawn = batches(head.rows(model, [task.train[i] for i in order]), batch_size, draw)
+        rows = head.rows(model, [task.train[i] for i in order], longest=adapter.longest)
+        drawn = batches(rows, batch_size, draw)
         for step in range(steps):
             loss = loss_of(model, head, next(drawn))
             if not bool(torch.isfinite(loss)):
