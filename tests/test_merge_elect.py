@@ -16,7 +16,7 @@ from polytask.merge import compress
 from polytask.merge.engine import Job
 from polytask.merge.rule import Block
 from polytask.merge.rules.drop import chances_of
-from polytask.merge.select import find, from_cut, kth, largest, lower, number, share, upper
+from polytask.merge.select import find, from_cut, kth, largest, lower, number, share, trim, trim_at, upper
 from polytask.merge.source import Checkpoint, Module
 from polytask.merge.unified import Unified, split
 
@@ -626,3 +626,28 @@ def test_rescalers_of_the_whole_vector_and_of_means_differ_where_tensors_differ_
         for rescale in ("whole", "means")
     ]
     assert scales == pytest.approx([6 / 10, 3 / 4])  # (4 + 2) / (8 + 2), and (1 + 2) / (2 + 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 300), st.sampled_from([0, 1, 2, 7]), st.floats(0.0, 1.0))
+def test_trimming_is_a_product_with_the_mask_of_the_largest(seed, size, levels, density):
+    """Also among equal sizes, of which the first stay, and where there are fewer entries than are kept."""
+    x = torch.randn(size, 3, generator=torch.Generator().manual_seed(seed))
+    if levels:
+        x = (x * levels).round() / levels
+    count = round(density * x.numel())
+    mask = largest(x.abs(), count)
+    assert torch.equal(trim(x.clone(), count), x * mask)
+    assert torch.equal(trim(x.t().clone().t(), count), x * mask)
+    sizes = x.abs()
+    cut = float(sizes.view(-1)[seed % x.numel()])
+    assert torch.equal(trim_at(x.clone(), cut), x * from_cut(sizes, cut))
+    for equal in (0, 1, int((sizes == cut).sum())):
+        assert torch.equal(trim_at(x.clone(), cut, equal), x * from_cut(sizes, cut, equal))
+
+
+def test_trimming_looks_through_more_than_one_piece():
+    x = torch.ones(200_000)
+    x[5] = 2.0
+    kept = trim(x.clone(), 70_000)
+    assert int(kept.count_nonzero()) == 70_000 and torch.equal(kept[:70_000], x[:70_000])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError
 from polytask.merge.rule import Block, Rule, rules, total
-from polytask.merge.select import find, from_cut, largest, lower, number, share, upper
+from polytask.merge.select import find, lower, number, share, trim, trim_at, upper
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, w
     sign = deltas[0].clone()
     for delta in deltas[1:]:
         sign.add_(delta)
-    sign = (sign >= 0).float().mul_(2).sub_(1)
+    sign = torch.copysign(torch.ones(()), sign.add_(0.0))  # which makes a zero positive
     out, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = delta.mul_(sign).clamp_min_(0)
         out.add_(agrees, alpha=1.0 if weighted else weight)
         if normalize:
-            divisor.add_(agrees > 0, alpha=weight)
+            divisor.add_(agrees.sign_(), alpha=weight)
     out.mul_(sign)
     return out.div_(divisor.masked_fill_(divisor == 0, 1.0)) if normalize else out
 
@@ -147,13 +147,10 @@ class Ties(Sparse):
             return delta
         if density <= 0:
             return delta.zero_()
-        sizes = delta.abs()
         if block.facts is None:
-            count = share(density, delta.numel(), floor=bool(self.compat))
-            return delta.mul_(largest(sizes, max(1, count)))
+            return trim(delta, max(1, share(density, delta.numel(), floor=bool(self.compat))))
         cut: Cut = block.facts[model, density]
-        equal = None if cut.places is None else cut.places[block.name, block.start]
-        return delta.mul_(from_cut(sizes, cut.value, equal))
+        return trim_at(delta, cut.value, None if cut.places is None else cut.places[block.name, block.start])
 
     def survey(self, step: int, block: Block) -> Any:
         said: list[tuple[tuple[int, float], Tensor]] = []
