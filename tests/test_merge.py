@@ -214,6 +214,12 @@ def test_random_numbers_are_those_of_the_place(rows, width, cut):
     assert float(block.uniform(0).min()) >= 0 and float(block.uniform(0).max()) < 1
 
 
+@pytest.mark.parametrize("chance", [0.0, 1e-9, 0.1, 0.25, 1 / 3, 0.7, 1 - 2**-24, 1 - 2**-25, 1.0])
+def test_what_is_drawn_is_where_the_number_is_below_the_chance(chance):
+    block = Block("w", None, (torch.zeros(37, 5),), (1.0,), start=3, shape=(60, 5), models=("m",))
+    assert torch.equal(block.drawn(0, chance), block.uniform(0) < chance)
+
+
 def test_random_numbers_are_uniform():
     whole = torch.zeros(200, 500)
     found = Block("w", None, (whole,), (1.0,), shape=(200, 500), models=("m",)).uniform(0)

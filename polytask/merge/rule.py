@@ -6,6 +6,7 @@ Shapes: N models, and a block of a tensor: the rows from ``start`` of a tensor o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -71,6 +72,21 @@ class Block:
 
         The same whether the tensor comes whole or row by row, and in whatever order.
         """
+        words = self._words(model)
+        words >>= 8
+        numbers = words.astype(np.float32)
+        numbers *= np.float32(2.0**-24)
+        return torch.from_numpy(numbers).view(self.tensors[model].shape)
+
+    def drawn(self, model: int, chance: float) -> Tensor:
+        """Where `uniform` is below a chance, without the numbers themselves."""
+        below = math.ceil(float(np.float32(chance)) * 2**24) << 8
+        words = self._words(model)
+        found = words < np.uint32(below) if below < 2**32 else np.ones_like(words, dtype=bool)
+        return torch.from_numpy(found).view(self.tensors[model].shape)
+
+    def _words(self, model: int) -> np.ndarray:
+        """32 random bits for each entry; the lowest eight are not used."""
         said = f"{self.seed}\0{self.name}\0{self.models[model] if self.models else model}"
         key = int.from_bytes(hashlib.sha256(said.encode()).digest()[:16], "little")
         tensor = self.tensors[model]
@@ -79,8 +95,7 @@ class Block:
         bits = np.random.Philox(key=key)
         bits.advance(first // 8)  # a step gives four words of 64 bits, which are eight of ours
         skip, count = first % 8, tensor.numel()
-        words = bits.random_raw(-(-(skip + count) // 8) * 4).view(np.uint32)[skip : skip + count]
-        return torch.from_numpy((words >> 8).astype(np.float32) * np.float32(2.0**-24)).view(tensor.shape)
+        return bits.random_raw(-(-(skip + count) // 8) * 4).view(np.uint32)[skip : skip + count]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError
 from polytask.merge.rule import Block, rules
-from polytask.merge.select import largest, share
+from polytask.merge.select import largest, masked, share
 
 from .elect import Sparse, one_of, within
 
@@ -22,7 +22,7 @@ RANDOM = {"alone": "entries are dropped by chance", "equal": "entries of equal m
 def keep_norm(delta: Tensor, mask: Tensor) -> Tensor:
     """The kept entries, scaled so that the sum of all sizes stays what it was."""
     before = float(delta.abs().sum())
-    delta.mul_(mask)
+    masked(delta, mask)
     after = float(delta.abs().sum())
     return delta if min(before, after) < 1e-7 else delta.mul_(before / after)
 
@@ -59,10 +59,10 @@ class DareLinear(Sparse):
         density = block.settings["density"][model]
         if density >= 1:
             return delta
-        mask = block.uniform(model) < density
+        mask = block.drawn(model, density)
         if not self.rescale or density <= 0:
-            return delta.mul_(mask)
-        return keep_norm(delta, mask) if self.compat else delta.div_(density).mul_(mask)
+            return masked(delta, mask)
+        return keep_norm(delta, mask) if self.compat else masked(delta.div_(density), mask)
 
 
 @rules.register("dare_ties")
@@ -137,8 +137,8 @@ class DellaLinear(Sparse):
         chances = chances_of(delta, density, epsilon)
         mask = block.uniform(model) < chances
         if not self.rescale:
-            return delta.mul_(mask)
-        return keep_norm(delta, mask) if self.compat else delta.div_(chances).mul_(mask)
+            return masked(delta, mask)
+        return keep_norm(delta, mask) if self.compat else masked(delta.div_(chances), mask)
 
 
 def chances_of(delta: Tensor, density: float, epsilon: float) -> Tensor:
@@ -230,7 +230,7 @@ class Breadcrumbs(Sparse):
         top = min(int(gamma * count) if floor else round(gamma * count), count - kept)
         sizes = delta.abs()
         if not rows:
-            return delta.mul_(largest(sizes, top + kept).logical_xor_(largest(sizes, top)))
+            return masked(delta, largest(sizes, top + kept).logical_xor_(largest(sizes, top)))
         order = sizes.argsort(-1, descending=True)[..., top : top + kept]
         return delta.mul_(torch.zeros_like(delta).scatter_(-1, order, 1.0))
 

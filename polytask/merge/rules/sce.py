@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polytask.merge.rule import Block, Rule, rules
-from polytask.merge.select import largest, share
+from polytask.merge.select import largest, masked, share
 
 from .elect import elect, one_of, within
 
@@ -61,7 +61,7 @@ class Sce(Rule):
             spread = _variance(deltas)
             mask = largest(spread, share(self.select_topk, int(spread.count_nonzero()), floor=floor))
             for delta in deltas:
-                delta.mul_(mask)
+                masked(delta, mask)
             sums = _squares(deltas)
         else:
             sums = block.facts[block.name]
