@@ -240,7 +240,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _check(merged: Tensor, block: Block, job: Job) -> None:
-    if _finite(merged):
+    if any(merged is tensor for tensor in block.tensors) or _finite(merged):
         return
     raise MergeError(
         f"merging {block.name} by {job.rule} gave entries that are not finite numbers, from models that have none; its "

@@ -15,16 +15,26 @@ from torch import Tensor
 from polytask.merge.rule import Block, Rule, total
 
 Axis = Literal["whole", "last", "first"]
+PIECE = 1 << 16  # entries at a time, so that their fp64 copies stay in the processor's cache
 
 
 class Spanned(Rule):
-    """What such rules share: they say `combine`, and `vectors` where these are not the differences to the base."""
+    """What such rules share: they say `combine`, and `points` and `origin` where these are not the models and the base."""
 
     surveys: ClassVar[int] = 1
 
+    def points(self, block: Block) -> list[Tensor]:
+        """Where the vectors end."""
+        return list(block.tensors)
+
+    def origin(self, block: Block) -> Tensor | None:
+        """Where they begin, if not at zero."""
+        return block.base
+
     def vectors(self, block: Block) -> list[Tensor]:
         """What the products are taken of."""
-        return block.deltas
+        origin = self.origin(block)
+        return self.points(block) if origin is None else [point - origin for point in self.points(block)]
 
     def along(self) -> Axis:
         """What is one vector: the whole tensor, or each of its lines along the last or the first dimension."""
@@ -38,7 +48,7 @@ class Spanned(Rule):
         return ("row", 0) if self.along() == "last" else ("element", 1)
 
     def survey(self, number: int, block: Block) -> Tensor | list[list[float]]:
-        gram = products(self.vectors(block), self.along())
+        gram = products(self.points(block), self.along(), self.origin(block))
         # small tensors that are kept between blocks that are not would leave holes, and memory grow with the tensors
         return gram if gram.dim() > 2 else gram.tolist()
 
@@ -57,7 +67,7 @@ class Spanned(Rule):
 
     def merge(self, block: Block) -> Tensor:
         axis = self.along()
-        gram = products(self.vectors(block), axis) if axis == "last" else block.facts[block.name]
+        gram = products(self.points(block), axis, self.origin(block)) if axis == "last" else block.facts[block.name]
         factors = self.combine(gram, block)
         if factors.dim() == 1:
             return self.added(block, factors.tolist())
@@ -89,12 +99,20 @@ class Spanned(Rule):
         return found
 
 
-def products(vectors: Sequence[Tensor], axis: Axis) -> Tensor:
-    """The inner products in fp64: [N, N], or [L..., N, N] of the lines along the last or the first dimension."""
-    if axis == "whole" or not vectors[0].dim():
-        flat = torch.stack([v.reshape(-1).double() for v in vectors])
-        return flat @ flat.T
-    stacked = torch.stack([v.double() for v in vectors], -1)  # [..., N]
+def products(points: Sequence[Tensor], axis: Axis, origin: Tensor | None = None) -> Tensor:
+    """The inner products of the vectors from ``origin``, in fp64: [N, N], or [L..., N, N] of the lines along the last or
+    the first dimension."""
+    if axis == "whole" or not points[0].dim():
+        flat, first = [p.reshape(-1) for p in points], None if origin is None else origin.reshape(-1)
+        gram = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+        for start in range(0, len(flat[0]), PIECE):
+            piece = torch.stack([p[start : start + PIECE] for p in flat])
+            if first is not None:
+                piece.sub_(first[start : start + PIECE])
+            wide = piece.double()
+            gram.addmm_(wide, wide.T)
+        return gram
+    stacked = torch.stack([(p if origin is None else p - origin).double() for p in points], -1)  # [..., N]
     if axis == "first":
         return torch.einsum("a...n,a...m->...nm", stacked, stacked)
     return torch.einsum("...an,...am->...nm", stacked, stacked)

@@ -43,8 +43,11 @@ class Slerp(Spanned):
     def __post_init__(self) -> None:
         _number("slerp", "t", self.t)
 
-    def vectors(self, block: Block) -> list[Tensor]:
+    def points(self, block: Block) -> list[Tensor]:
         return [block.zero, *block.tensors]
+
+    def origin(self, block: Block) -> None:
+        return None
 
     def combine(self, gram: Tensor, block: Block) -> Tensor:
         return arc(gram, self.t, (1.0 - 0.9995**2) ** 0.5)
@@ -177,8 +180,11 @@ class Karcher(Spanned):
                 f"karcher: max_iter must be at least 0 and tol positive, got {self.max_iter} and {self.tol}"
             )
 
-    def vectors(self, block: Block) -> list[Tensor]:
+    def points(self, block: Block) -> list[Tensor]:
         return list(block.tensors) if block.base is None else [block.base, *block.tensors]
+
+    def origin(self, block: Block) -> None:
+        return None
 
     def combine(self, gram: Tensor, block: Block) -> Tensor:
         size = lengths(gram)
@@ -255,9 +261,7 @@ class NearSwap(Rule):
 
     def merge(self, block: Block) -> Tensor:
         model, base = block.tensors[0], block.zero
-        change = model - base
-        near = change.abs() <= self.t
-        return torch.where(near, model, change.clamp_(-self.t, self.t).add_(base))
+        return torch.minimum(torch.maximum(model, base - self.t), base + self.t)
 
 
 @rules.register("arcee_fusion")
