@@ -134,10 +134,11 @@ class Job:
 
     def block(self, name: str, start: int, stop: int | None, facts: Any) -> Block:
         """A block's tensors, read and in fp32. Raises `MergeError` for entries that are no numbers: a rule may trim them away."""
+        seen = facts is not None  # a survey has read them all
         return replace(
             self.frame(name, facts),
-            base=None if self.base is None else _numbers(self.base, name, start, stop),
-            tensors=tuple(_numbers(model, name, start, stop) for model in self.models),
+            base=None if self.base is None else _numbers(self.base, name, start, stop, seen),
+            tensors=tuple(_numbers(model, name, start, stop, seen) for model in self.models),
             start=start,
             companions=tuple(self._beside(source, name, start, stop) for source in self.companions or ()),
         )
@@ -224,10 +225,10 @@ def _read(job: Job, reader: ThreadPoolExecutor, names: Sequence[str], facts: Any
         yield ahead.popleft()[0].result()
 
 
-def _numbers(source: Source, name: str, start: int, stop: int | None) -> Tensor:
-    """Rows in fp32. Raises `MergeError` where there are entries that are no numbers."""
+def _numbers(source: Source, name: str, start: int, stop: int | None, seen: bool) -> Tensor:
+    """Rows in fp32. Raises `MergeError` where there are entries that are no numbers, unless that was ``seen`` before."""
     tensor = source.read(name, start, stop).float()
-    if not _finite(tensor):
+    if not (seen or _finite(tensor)):
         raise MergeError(
             f"{name} of {source.name} has entries that are not finite numbers; a merge with it would have them too"
         )
