@@ -239,7 +239,7 @@ def _fill(name: str, form: str, seed: int, lock: threading.Lock) -> None:
 
 
 def page_of(name: str) -> str:
-    """The results of a suite as Markdown, best first; and a picture of score against parameters beside it."""
+    """The results of a suite as Markdown, by the gain over the base; and a picture of score against parameters beside it."""
     config = suite(name)
     kept = HERE / f"{name}.results.json"
     done = json.loads(kept.read_text()) if kept.exists() else {}
@@ -247,11 +247,12 @@ def page_of(name: str) -> str:
     lines += [
         f"Budget {config['budget']:,} parameters; settings `{json.dumps(config['learn'])}`, "
         f"sizes `{json.dumps(config['sizes'])}`. "
-        "Score: mean over tasks, then over seeds, with a 95 % t-interval over seeds. "
+        "Score: mean over tasks, then over seeds, with a 95 % t-interval over seeds. Gain: the same of the difference to the "
+        "base with the same seed, so that rows with other seeds can be compared. "
         "Step time (of one thread) is over LoRA's of the same seed. "
         f"Made by `python -m experiments.forms {name}`.", "",
-        "| form | score | seeds | parameters | bytes on disk | step time / LoRA | peak MB | probe on another task |",
-        "|---|---|---|---|---|---|---|---|",
+        "| form | score | gain | seeds | parameters | bytes on disk | step time / LoRA | peak MB | probe on another task |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     pace = {s: _pace(r) for s, r in done.get("lora", {}).items() if "rows" in r}
     bare = {s: {row["task"]: row["score"] for row in r["rows"]} for s, r in done.get("base", {}).items() if "rows" in r}
@@ -263,13 +264,16 @@ def page_of(name: str) -> str:
                 f"{form}: {next(iter(seeds.values())).get('absent') or next(iter(seeds.values())).get('failed')}"
             )
             continue
-        scores = [statistics.mean(row["score"] for row in r["rows"]) for r in good.values()]
-        table.append((form, scores, good))
-    for form, scores, good in sorted(table, key=lambda entry: -statistics.mean(entry[1])):
+        scores = {s: statistics.mean(row["score"] for row in r["rows"]) for s, r in good.items()}
+        none = {s: statistics.mean(found.values()) for s, found in bare.items()}
+        gains = [score - none[s] for s, score in scores.items() if s in none]
+        table.append((form, list(scores.values()), gains, good))
+    for form, scores, gains, good in sorted(table, key=lambda entry: -statistics.mean(entry[2] or [0.0])):
         first = next(iter(good.values()))
         if form == "base":
-            lines.append(f"| *{config['bare']}* | {interval(scores)} | {len(scores)} | 0 | 0 | - | - | - |")
+            lines.append(f"| *{config['bare']}* | {interval(scores)} | - | {len(scores)} | 0 | 0 | - | - | - |")
             continue
+        gain = interval(gains) if gains else "-"
         ratios = [_pace(r) / pace[s] for s, r in good.items() if s in pace]
         lost = [
             row["other"]["score"] - bare[s][row["other"]["task"]]
@@ -280,15 +284,16 @@ def page_of(name: str) -> str:
         peak = statistics.median(row["peak_mb"] or 0 for r in good.values() for row in r["rows"])
         weight = statistics.median(row["bytes"] for row in first["rows"])
         lines.append(
-            f"| {form} | {interval(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
-            f"{statistics.median(ratios):.2f} | {peak:.0f} | {statistics.mean(lost):+.3f} |"
-            if ratios and lost
-            else f"| {form} | {interval(scores)} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
-            f"{f'{statistics.median(ratios):.2f}' if ratios else '-'} | {peak:.0f} | - |"
+            f"| {form} | {interval(scores)} | {gain} | {len(scores)} | {first['parameters']:,} | {weight:,.0f} | "
+            f"{f'{statistics.median(ratios):.2f}' if ratios else '-'} | {peak:.0f} | "
+            f"{f'{statistics.mean(lost):+.3f}' if lost else '-'} |"
         )
     picture = (ROOT / config["page"]).with_suffix(".png")
-    _draw([(f, statistics.mean(s), next(iter(g.values()))["parameters"]) for f, s, g in table if f != "base"], picture)
-    lines += ["", f"![Score against parameters]({picture.name})", "", config.get("reading", "").strip()]
+    points = [
+        (f, statistics.mean(d), next(iter(g.values()))["parameters"]) for f, _, d, g in table if f != "base" and d
+    ]
+    _draw(points, picture)
+    lines += ["", f"![Gain against parameters]({picture.name})", "", config.get("reading", "").strip()]
     if missing:
         reasons: dict[str, list[str]] = {}
         for entry in missing:
@@ -310,13 +315,23 @@ def _draw(points: list[tuple[str, float, int]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for form, score, size in points:
-        axes.scatter(size, score, s=18, color="#3060a0")
-        axes.annotate(form, (size, score), fontsize=7, xytext=(3, 2), textcoords="offset points")
+    points = [point for point in points if point[2]]  # nothing has no logarithm
+    figure, axes = plt.subplots(figsize=(9, 7))
+    axes.scatter([size for _, _, size in points], [score for _, score, _ in points], s=18, color="#3060a0")
     axes.set_xscale("log")
+    axes.margins(x=0.08)
+    figure.canvas.draw()
+    placed: list[tuple[float, float]] = []
+    for form, score, size in sorted(points, key=lambda point: (point[1], point[2])):
+        x, y = axes.transData.transform((size, score)) * 72 / figure.dpi  # in points
+        right, up = 5.0, -2.0
+        while any(abs(x + right - a) < 46 and abs(y + up - b) < 7.5 for a, b in placed):
+            right, up = (right, up + 1.0) if up < 24 else (right + 50, -2.0)
+        placed.append((x + right, y + up))
+        line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.4} if (right, up) != (5.0, -2.0) else None
+        axes.annotate(form, (size, score), (right, up), textcoords="offset points", fontsize=7, arrowprops=line)
     axes.set_xlabel("trained parameters")
-    axes.set_ylabel("score")
+    axes.set_ylabel("gain over the base")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
