@@ -18,7 +18,7 @@ from torch import nn
 from zoo import output, tiny
 
 import polytask as pt
-from polytask.core import files
+from polytask.core import storage
 from polytask.core.errors import AdapterError, StorageError
 from polytask.core.export import serving_problems
 from polytask.core.files import CARD, CONFIG, HEADS, WEIGHTS
@@ -194,8 +194,8 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         adapter(form=pt.LoRA(rank=5)).save(tmp_path)
     assert pt.Adapter.load(tmp_path).hash == first.hash
-    with pytest.raises(StorageError, match="free some space"), files.writing(tmp_path):
-        files.write(tmp_path / "x", b"x")
+    with pytest.raises(StorageError, match="free some space"), storage.writing(tmp_path):
+        storage.write(tmp_path / "x", b"x")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

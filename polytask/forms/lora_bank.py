@@ -83,8 +83,7 @@ class LoRABank(Bank):
         if A.dim() == 2:
             return plus(out, F.linear(x.to(A.dtype), A), B.t())
         x, out, _ = per_row(x, out, len(A), self._site)
-        h = torch.bmm(x.reshape(len(A), -1, x.shape[-1]).to(A.dtype), A.transpose(1, 2))  # [B, T, r]
-        return out + torch.bmm(h, B).view(out.shape).to(out.dtype)
+        return _batched(x, out, A, B, 1.0, _Layout(()))
 
     def forget(self) -> None:
         self._kept, self._layout = {}, None
