@@ -89,7 +89,7 @@ def compare(
             made: Adapter = learn(
                 base, chosen, form=first.form, sites=stage.get("sites"), joint=True, seed=seed, progress=False,
                 budget=stage.get("budget"),
-                **{**stage.get("schedule", {}), "snapshots": 0},
+                **{**first.schedule, "snapshots": 0},
             )  # fmt: skip
         except MemoryLimitError as error:
             raise MemoryLimitError(
@@ -121,8 +121,7 @@ def _mixed(
     if "adapters" in trains:  # what comes of them stands beside them
         adapters = {f"{name}, learned on": adapter for name, adapter in adapters.items()}
     if trains != "nothing":
-        schedule = next(iter(adapters.values())).card.training.get("stage", {}).get("schedule", {})
-        learns = {**schedule, "snapshots": 0}
+        learns = {**next(iter(adapters.values())).schedule, "snapshots": 0}
     return route(adapters, spec, model=base, data=tasks, seed=seed, **learns)
 
 

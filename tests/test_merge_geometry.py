@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polytask.core.errors import ConfigError, MergeError
 from polytask.merge.engine import Job
+from polytask.merge.rules import _span
 
 SEEDS = st.integers(0, 10_000)
 COUNTS = st.integers(2, 5)
@@ -524,3 +525,18 @@ def test_numbers_that_are_none_are_named(rule):
     models[-1][0, 0] = np.nan
     with pytest.raises(MergeError, match="not finite"):
         merge(rule, models, base)
+
+
+@pytest.mark.parametrize("axis", ["whole", "last", "first"])
+@pytest.mark.parametrize("shape", [(7, 5), (11,)])
+def test_inner_products_are_those_of_whole_vectors_in_fp64(axis, shape, monkeypatch):
+    """Also where a tensor is longer than a piece, and the last piece is shorter."""
+    monkeypatch.setattr(_span, "PIECE", 4)
+    draw = torch.Generator().manual_seed(0)
+    points, origin = [torch.randn(shape, generator=draw) for _ in range(3)], torch.randn(shape, generator=draw)
+    for start in (None, origin):
+        vectors = torch.stack([(p if start is None else p - start).double() for p in points])
+        said = {"whole": "n{0},m{0}->nm", "last": "n{1}i,m{1}i->{1}nm", "first": "ni{2},mi{2}->{2}nm"}[axis]
+        letters = "ab"[: len(shape)]
+        wanted = torch.einsum(said.format(letters, letters[:-1], letters[1:]), vectors, vectors)
+        torch.testing.assert_close(_span.products(points, axis, start), wanted, rtol=1e-12, atol=1e-12)

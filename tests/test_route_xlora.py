@@ -123,6 +123,15 @@ class TestXLoRA:
             assert torch.equal(model.module.generate(IDS, **ask), text)
             assert len(model.module.generate(IDS, use_cache=False, num_beams=2, **ask)) == 2
 
+    def test_as_an_adapter_it_needs_no_cache_either(self):
+        model, adapters = llama()
+        model.attach(mixture_of(Router.of("x-lora"), adapters, seed=1, name="m").trainable(False))
+        ask = {"max_new_tokens": 4, "do_sample": False}
+        with torch.no_grad(), model.using("m"):
+            assert torch.equal(model.module.generate(IDS, **ask), model.module.generate(IDS, use_cache=False, **ask))
+            with pytest.raises(MixError, match="use_cache=False"):
+                model.module.generate(IDS, use_cache=True, **ask)
+
     def test_a_decoder_takes_the_weights_of_the_text(self):
         model, adapters = llama("t5", sites=None)
         mix = mix_of("x-lora", model, adapters)

@@ -234,10 +234,9 @@ class Adapter:
         return next(iter(self.heads.values()))
 
     @property
-    def longest(self) -> int | None:
-        """Tokens kept of a text while it learned; None where its card does not say, or all were kept."""
-        found = self.card.training.get("stage", {}).get("schedule", {}).get("longest")
-        return found if isinstance(found, int) else None
+    def schedule(self) -> dict[str, Any]:
+        """How it learned, as options of `polytask.learn` (epochs, lr, longest, ...); empty where its card does not say."""
+        return dict(self.card.training.get("stage", {}).get("schedule", {}))
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def learned_gates(
     with still(model, adapter) as name, torch.enable_grad(), model.using(Gated(name, gates), tasks=task.name):
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(task.train), generator=draw)[: steps * batch_size].tolist()  # more are never seen
-        rows = head.rows(model, [task.train[i] for i in order], longest=adapter.longest)
+        rows = head.rows(model, [task.train[i] for i in order], longest=adapter.schedule.get("longest"))
         drawn = batches(rows, batch_size, draw)
         for step in range(steps):
             loss = loss_of(model, head, next(drawn))

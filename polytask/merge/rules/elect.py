@@ -73,7 +73,7 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float], normalize: bool, w
     sign = deltas[0].clone()
     for delta in deltas[1:]:
         sign.add_(delta)
-    sign = torch.copysign(torch.ones(()), sign.add_(0.0))  # which makes a zero positive
+    sign = torch.copysign(torch.ones(()), sign)  # entries that cancel add up to a positive zero
     out, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = delta.mul_(sign).clamp_min_(0)
