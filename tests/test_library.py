@@ -26,6 +26,7 @@ from polytask.core.library import Library
 from polytask.core.library import index as library_index
 from polytask.core.library.entry import INDEX, RECORD, Entry
 from polytask.core.library.query import parse
+from polytask.core.reading import inputs_of
 from polytask.core.signature import Subject, signatures
 
 FORK = multiprocessing.get_context("fork")  # the children need no imports of their own
@@ -687,6 +688,24 @@ def test_centroids_are_masked_means_of_the_base(minilm_tokenizer, tmp_path):
     assert lib.about("a0", "data")["tasks"] == [{"task": "colours", "hash": task.hash, "examples": 30}]
     lib.add(make(model, 1))
     assert lib.signature("a1", "data") is None and not model.attached
+
+
+def test_centroids_are_of_texts_as_the_adapter_read_them(minilm_tokenizer, decoder):
+    """Of a text its first tokens, of a prompt its last."""
+
+    def signed(model, text, **schedule):
+        adapter = make(model, 0)
+        adapter.card.training["stage"] = {"schedule": schedule}
+        task = pt.Task("words", "classify", [pt.Example((text,), "a"), pt.Example((text,), "b")], [], [])
+        return signatures.make("data").sign(Subject(adapter, model, [task]))[0]
+
+    short = "red blue green"
+    for model, long in ((tiny_bert(minilm_tokenizer), f"{short} black white"), (decoder, f"black white {short}")):
+        batch = inputs_of(model, colours(4), [pt.Example((short,), "a")])
+        cut, wanted = signed(model, long, longest=batch["input_ids"].shape[1]), signed(model, short)
+        assert not torch.allclose(signed(model, long)[""], wanted[""])
+        for name, tensor in cut.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "seq2seq", "image"])

@@ -21,18 +21,23 @@ from .task import Example, Task
 MOVED = ("input_ids", "token_type_ids", "attention_mask")  # what `packed` moves along the tokens
 
 
-def inputs_of(model: Model, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """What the base reads of some examples: images, texts, or prompts for bases that write. Raises `ModelError`."""
+def inputs_of(model: Model, task: Task, examples: Sequence[Example], longest: int | None = None) -> dict[str, Tensor]:
+    """What the base reads of some examples: images, texts, or prompts for bases that write, of ``longest`` tokens at most (of
+    a prompt the last ones, as where it learns). Raises `ModelError`."""
     if task.modality == "image":
         name = "pixel_values" if model.kind == "dual" else getattr(model.module, "main_input_name", "pixel_values")
         return {name: torch.stack(images(model, examples)).to(model.device, model.dtype)}
     generative = model.kind in ("causal", "seq2seq")
-    return texts_of(model, [(prompted(task.instruction, e.inputs),) if generative else e.inputs for e in examples])
+    texts = [(prompted(task.instruction, e.inputs),) if generative else e.inputs for e in examples]
+    return texts_of(model, texts, longest, "left" if generative else "right")
 
 
-def texts_of(model: Model, texts: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
-    """The tensors of texts, or of pairs, padded on the right. Raises `ModelError` where the base cannot read texts."""
-    ids, types = tokens(model, texts, None)
+def texts_of(
+    model: Model, texts: Sequence[tuple[str, ...]], longest: int | None = None, loses: str = "right"
+) -> dict[str, Tensor]:
+    """The tensors of texts, or of pairs, cut as in `rows.tokens` and padded on the right. Raises `ModelError` where the base
+    cannot read texts."""
+    ids, types = tokens(model, texts, longest, loses)
     fill = getattr(model.tokenizer, "pad_token_id", None) or 0
     batch = {"input_ids": padded(ids, fill), "attention_mask": padded([[1] * len(i) for i in ids], 0)}
     if any(any(t) for t in types):

@@ -65,15 +65,15 @@ def limit(model: Model, longest: int | None) -> int:
 
 
 def tokens(
-    model: Model, texts: Sequence[tuple[str, ...]], longest: int | None
+    model: Model, texts: Sequence[tuple[str, ...]], longest: int | None, loses: str = "right"
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids and token types of one text or a pair each, truncated and not padded."""
+    """Ids and token types of one text or a pair each, truncated on the side that is named and not padded."""
     tokenizer = _tokenizer(model)
     if not texts:
         return [], []
     first = [t[0] for t in texts]
     second = [" ".join(t[1:]) for t in texts] if len(texts[0]) > 1 else None
-    tokenizer.truncation_side = "right"
+    tokenizer.truncation_side = loses
     out = tokenizer(first, second, truncation=True, max_length=limit(model, longest), padding=False)
     return out["input_ids"], out.get("token_type_ids", [])
 

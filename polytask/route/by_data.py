@@ -79,11 +79,13 @@ def centroids(name: str, adapter: Adapter, model: Model | None, data: Task | Non
     return found[0]
 
 
-def vectors(name: str, model: Model | None, data: Task | None, most: int) -> Tensor:
-    """One vector of each of the first examples, [m, d] on the CPU. Raises `MixError` as `centroids` does."""
+def vectors(name: str, adapter: Adapter, model: Model | None, data: Task | None, most: int) -> Tensor:
+    """One vector of each of the first examples, [m, d] on the CPU, their texts cut where the adapter cut them while it
+    learned. Raises `MixError` as `centroids` does."""
     base, (task,) = _given(name, model, data)
     examples = (task.train or task.dev or task.test)[:most]
-    parts = [inputs_of(base, task, examples[i : i + AT_ONCE]) for i in range(0, len(examples), AT_ONCE)]
+    longest = adapter.schedule.get("longest")
+    parts = [inputs_of(base, task, examples[i : i + AT_ONCE], longest) for i in range(0, len(examples), AT_ONCE)]
     return torch.cat([means(base, part).cpu() for part in parts])
 
 

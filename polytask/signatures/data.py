@@ -26,6 +26,8 @@ class Data(Signature):
         examples: of each task's train split (else dev, test) at most, the first ones.
         batch_size: of them per forward.
 
+    Texts are cut where the adapter cut them while it learned.
+
     Shapes: [tasks, d] by the block's site, and by the empty name the same of the last hidden states.
 
     Reference: the centroids of arXiv 2311.10847, there of sentence embeddings; here at every layer, of the base itself.
@@ -48,19 +50,23 @@ class Data(Signature):
         used = {task.name: (task.train or task.dev or task.test)[: self.examples] for task in subject.tasks}
         if subject.model is None or not used or not all(used.values()):
             return None
-        found = [self._centroids(subject.model, task, used[task.name]) for task in subject.tasks]
+        longest = subject.adapter.schedule.get("longest")
+        found = [self._centroids(subject.model, task, used[task.name], longest) for task in subject.tasks]
         about = [{"task": t.name, "hash": t.hash, "examples": len(used[t.name])} for t in subject.tasks]
         one = {"task": subject.tasks[0].hash} if len(subject.tasks) == 1 else {}
         return {name: torch.stack([each[name] for each in found]) for name in found[0]}, {"tasks": about, **one}
 
     @torch.no_grad()
-    def _centroids(self, model: Model, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _centroids(
+        self, model: Model, task: Task, examples: Sequence[Example], longest: int | None
+    ) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         training = model.module.training
         model.module.eval()
         try:
             for at in range(0, len(examples), self.batch_size):
-                for name, rows in _vectors(model, inputs_of(model, task, examples[at : at + self.batch_size])).items():
+                batch = inputs_of(model, task, examples[at : at + self.batch_size], longest)
+                for name, rows in _vectors(model, batch).items():
                     sums[name] = sums.get(name, 0.0) + rows.double().sum(0)
         finally:
             model.module.train(training)

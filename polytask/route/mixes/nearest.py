@@ -80,7 +80,7 @@ class Nearest(TextRouter):
     def sign(self, adapter: Adapter, model: Model | None, data: Task | None, seed: int = 0) -> dict[str, Tensor]:
         if self.to == "centroid":
             return centroids(self.name, adapter, model, data)
-        return {"": vectors(self.name, model, data, self.examples)}
+        return {"": vectors(self.name, adapter, model, data, self.examples)}
 
     def shared(self, sites: Sequence[Site], names: tuple[str, ...]) -> RowShared:
         return RowShared(self, names) if self.needs else Kept(self, names)
