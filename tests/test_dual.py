@@ -241,6 +241,53 @@ def test_together_is_what_separate_runs_give(clip):
 # Each form's own invariant
 
 
+def test_contexts_of_classes_that_are_equal_are_the_shared_one(clip):
+    shared = {"text": "a photo", "length": 3}
+    one = pt.Adapter.new(clip, {"name": "coop", **shared}, seed=4)
+    clip.attach(one, "coop")
+    own = pt.Adapter.new(clip, {"name": "coop", "per_class": True, "classes": LABELS[::-1], **shared})
+    assert own.patches["text_model"].P.shape == (4, *one.patches["text_model"].P.shape)
+    with torch.no_grad():
+        own.patches["text_model"].P.copy_(one.patches["text_model"].P.expand(4, -1, -1))
+    clip.attach(own, "own")
+    head = head_of(clip, "coop")
+    assert torch.allclose(logits(clip, head, "coop"), logits(clip, head, "own"), atol=1e-5)
+    assert torch.allclose(logits(clip, head, ["coop", "own", "coop"]), logits(clip, head, "coop"), atol=1e-5)
+
+
+def test_a_context_of_a_class_is_of_that_class_alone(clip):
+    """Also where the head has other classes, in another order, and several templates."""
+    form = {"name": "coop", "length": 2, "per_class": True, "classes": LABELS}
+    adapter = pt.Adapter.new(clip, form, seed=1)
+    clip.attach(adapter, "a")
+    heads = SimilarityHead(LABELS), SimilarityHead(("truck", "cat"), ("{}.", "one {}"))
+    before = [logits(clip, head, "a") for head in heads]
+    with torch.no_grad():
+        adapter.patches["text_model"].P[LABELS.index("truck")].normal_(generator=torch.Generator().manual_seed(2))
+    moved = [(logits(clip, head, "a") - old).abs().amax(0) > 1e-4 for head, old in zip(heads, before, strict=True)]
+    assert [m.tolist() for m in moved] == [[False, False, False, True], [True, False]]
+    with pytest.raises(pt.PolytaskError, match="'frog' has no context"):
+        logits(clip, SimilarityHead(("cat", "frog")), "a")
+
+
+def test_contexts_of_classes_learn_the_classes_of_the_task(clip, tmp_path):
+    form = {"name": "coop", "length": 2, "per_class": True, "text": "a photo"}
+    settings = {"epochs": 1, "batch_size": 8, "progress": False}
+    adapter = pt.learn(clip, task(), form=form, out=tmp_path / "a", **settings)
+    loaded = pt.Adapter.load(tmp_path / "a")
+    assert loaded.form.classes == LABELS and loaded.patches["text_model"].P.shape[0] == 4
+    assert torch.equal(loaded.patches["text_model"].P, adapter.patches["text_model"].P)
+    one, both = task(), task("other")
+    both.labels = ("bird", "cat")
+    both.about = {}
+    for split in both.splits.values():
+        split[:] = [pt.Example((), "bird", image=e.image, where=e.where) for e in split]
+    joint = pt.learn(clip, [one, both], form=form, joint=True, **settings)
+    assert joint.form.classes == (*LABELS, "bird")
+    with pytest.raises(pt.PolytaskError, match="needs their names"):
+        pt.Adapter.new(clip, form)
+
+
 def test_cocoop_with_a_zero_network_is_coop(clip):
     shared = {"text": "a photo", "length": 7}
     clip.attach(pt.Adapter.new(clip, {"name": "coop", **shared}), "coop")

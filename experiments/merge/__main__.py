@@ -60,7 +60,7 @@ class Bench:
         import polytask as pt
         from polytask.jobs import learn_each
 
-        self.config, self.kind, self.seed = config, kind, seed
+        self.config, self.kind, self.seed, self.cache = config, kind, seed, cache
         self.model = pt.Model.load(config["base"])
         self.model.module.requires_grad_(False)
         self.tasks = tasks_of(config, seed)
@@ -99,6 +99,8 @@ class Bench:
         from polytask.merge.fit import Parts, fits
 
         method = entry["method"]
+        if method == "groupwise":
+            return self.grouped(settings, split)
         looking: dict[str, Any] = (
             {"base": self.model, "data": self.tasks, "split": entry["data"]} if entry.get("data") else {}
         )
@@ -109,12 +111,39 @@ class Bench:
         began, busy = time.perf_counter(), time.process_time()
         made = pt.merge(self.adapters, method, seed=self.seed, **looking, **settings)
         seconds, busy = time.perf_counter() - began, time.process_time() - busy
+        if method == "graft":  # sparse adapters, one for each model
+            return {**self.parted(made.adapters, split), "seconds": seconds, "cpu": busy, "settings": settings}
+        if method == "cycleqd":
+            made = made.adapter
         mix = made.attach(self.model) if isinstance(made, Parts) else self.model.attach(made, "merged")
         heads = {task: head for adapter in self.adapters for task, head in adapter.heads.items()}
         found = self.scores({task.name: mix for task in self.tasks}, split, heads)
         self.model.detach()
         size = sum(p.numel() for p in made.parameters())
         return {"scores": found, "seconds": seconds, "cpu": busy, "parameters": size, "settings": settings}
+
+    def parted(self, adapters: dict[str, Any], split: str) -> dict[str, Any]:
+        """Several adapters, each for the tasks whose heads it has."""
+        mixes, heads = {}, {}
+        for name, adapter in adapters.items():
+            attached = self.model.attach(adapter, name)
+            mixes |= dict.fromkeys(adapter.heads, attached)
+            heads |= adapter.heads
+        found = self.scores(mixes, split, heads)
+        self.model.detach()
+        return {"scores": found, "parameters": sum(adapter.size for adapter in adapters.values())}
+
+    def grouped(self, settings: dict[str, Any], split: str) -> dict[str, Any]:
+        """Tasks that gain together share, the others of their group are merged."""
+        import polytask as pt
+
+        began, busy = time.perf_counter(), time.process_time()
+        learn = {**self.config["learn"], "form": self.config["kinds"][self.kind]}
+        made = pt.groupwise(
+            self.model, self.tasks, seed=self.seed, out=self.cache / f"grouped-{self.kind}-{self.seed}", **settings, **learn
+        ).made  # fmt: skip
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
+        return {**self.parted(made, split), "seconds": seconds, "cpu": busy, "settings": settings}
 
 
 def variants(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -133,7 +162,7 @@ def one(config: dict[str, Any], kind: str, seed: int, cache: Path, until: float)
         keep((kind, str(seed), "probe on the base"), {"scores": bench.bare()})
     for name, given in config["methods"].items():
         entry = {"method": name, **given}
-        if name in done or time.time() > until:
+        if name in done or time.time() > until or kind not in entry.get("kinds", config["kinds"]):
             continue
         print(f"{time.strftime('%H:%M:%S')} {kind} seed {seed} {name}", file=sys.stderr, flush=True)
         settings = next(variants(entry))

@@ -84,9 +84,11 @@ def split(config: dict[str, Any], name: str, packs: dict[str, Any], seed: int, s
 
 
 def scores(model: Any, base: Any, new: Any, mix: str | None) -> dict[str, float]:
-    """Accuracies on both parts and their harmonic mean."""
+    """Accuracies on both parts and their harmonic mean; on the first alone where what learned serves no new classes."""
     import polytask as pt
 
+    if new is None:
+        return {"base": pt.evaluate(model, base, mix, resamples=0).value}
     found = {part: pt.evaluate(model, task, mix, resamples=0).value for part, task in (("base", base), ("new", new))}
     both = found["base"] + found["new"]
     return {**found, "h": 2 * found["base"] * found["new"] / both if both else 0.0}
@@ -111,7 +113,7 @@ def one(
     if method.get("shuffled"):
         turned = list(new.about.values())
         new = pt.Task(**{**vars(new), "about": dict(zip(new.about, turned[1:] + turned[:1], strict=True))})
-    found = scores(model, base, new, "a")
+    found = scores(model, base, None if method.get("closed") else new, "a")
     model.detach("a")
     return {**found, "parameters": adapter.size, "seconds": round(seconds, 1)}
 
@@ -181,8 +183,10 @@ def page_of(config: dict[str, Any], done: dict[str, Any], base: str, shots: int)
             where, method, _ = key.rsplit("/", 2) if key.count("/") == 2 else (key, "", "")
             if where == name:
                 rows.setdefault(method, []).append(found)
-        for method, found in sorted(rows.items(), key=lambda entry: -statistics.mean(f["h"] for f in entry[1])):
-            cells = [interval([f[k] for f in found]) for k in ("base", "new", "h")]
+        for method, found in sorted(
+            rows.items(), key=lambda entry: -statistics.mean(f.get("h", 0.0) for f in entry[1])
+        ):
+            cells = [interval([f[k] for f in found]) if k in found[0] else "-" for k in ("base", "new", "h")]
             size = f"{found[0]['parameters']:,}" if "parameters" in found[0] else "0"
             seconds = f"{statistics.median(f['seconds'] for f in found):.0f}" if "seconds" in found[0] else "-"
             shown = f"*{method}*" if method == "zero-shot" else method

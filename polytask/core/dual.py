@@ -94,7 +94,13 @@ def text_features(model: Model, texts: Mapping[str, Tensor], call: Call) -> Tens
         return pooled if projection is None else projection(pooled)  # type: ignore[no-any-return]
 
 
-def similarity(model: Model, batch: Mapping[str, Tensor], templates: int = 1, call: Call | None = None) -> Pairs:
+def similarity(
+    model: Model,
+    batch: Mapping[str, Tensor],
+    templates: int = 1,
+    call: Call | None = None,
+    classes: Sequence[str] | None = None,
+) -> Pairs:
     """Images and class texts in the common space, under the mix that acts now.
 
     The texts are encoded once for a batch; once for each different entry where the mix or the tasks differ between its rows;
@@ -106,6 +112,7 @@ def similarity(model: Model, batch: Mapping[str, Tensor], templates: int = 1, ca
             texts of a class being neighbours.
         templates: texts per class; the mean of their normalised vectors is the class's.
         call: what the forward knows; by default its tasks.
+        classes: the classes' names, for forms with something for each.
     """
     hub, pixels = model._hub, batch["pixel_values"]
     texts = {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -143,7 +150,8 @@ def similarity(model: Model, batch: Mapping[str, Tensor], templates: int = 1, ca
             return None if vectors is None else vectors.repeat_interleave(templates, 0).repeat(len(groups), 1)
 
         image, seen = (None, None) if index is None else (images[index], patches[index])
-        other = Other(each_text(frozen), image, seen, each_text(about))
+        names = None if classes is None else tuple(c for c in classes for _ in range(templates)) * len(groups)
+        other = Other(each_text(frozen), image, seen, each_text(about), names)
     with _rows_of(model, [entries[i] for i in each] if isinstance(mix, PerRow) else None):
         found = text_features(model, many, Call(tasks=own, step=known.step, other=other))
     made = _classes(found, templates).unflatten(0, (len(groups), -1))
@@ -276,7 +284,7 @@ class SimilarityHead(Head):
         return self._texts[1]
 
     def run(self, model: Model, batch: Mapping[str, Tensor]) -> Out:
-        return similarity(model, batch, len(self.templates))
+        return similarity(model, batch, len(self.templates), classes=self.labels)
 
     def logits(self, out: Out) -> Tensor:
         """[B, C]."""

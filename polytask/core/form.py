@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .hub import Hub
     from .model import Model
     from .site import Site
+    from .task import Task
     from .tokens import Heads
 
 ALIGNED = 64  # bytes: where PyTorch puts the tensors that it makes on a CPU
@@ -36,12 +37,14 @@ class Other:
         images: the vector of the image that a text is made for, [R, d]; None at the image tower, and where no form asks.
         patches: the last hidden states of that image's patches, [R, n, w]; at the image tower's end of each image, [B, n, w].
         about: the base's own vector of the description of a text's class, [R, d].
+        classes: the name of a text's class, R of them.
     """
 
     texts: Tensor | None = None
     images: Tensor | None = None
     patches: Tensor | None = None
     about: Tensor | None = None
+    classes: tuple[str, ...] | None = None
 
     def take(self, index: Tensor) -> Other:
         """The same for the rows in ``index``."""
@@ -49,7 +52,8 @@ class Other:
         def some(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.shape[0] == 1 else tensor[index]
 
-        return Other(some(self.texts), some(self.images), some(self.patches), some(self.about))
+        names = None if self.classes is None else tuple(self.classes[i] for i in index.tolist())
+        return Other(some(self.texts), some(self.images), some(self.patches), some(self.about), names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,8 +471,9 @@ class Form:
             batches: each runs the forward of one batch of training examples and returns its mean loss.
         """
 
-    def told(self, tasks: Sequence[str]) -> Form:
-        """This form with the names of the tasks that are learned, where it has parts for each and nobody said them."""
+    def told(self, tasks: Sequence[Task]) -> Form:
+        """This form with the names of the tasks that are learned, or of their classes, where it has parts for each and nobody
+        said them."""
         return self
 
     def enter(self, adapter: Adapter, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:

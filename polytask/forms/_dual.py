@@ -64,14 +64,14 @@ class DualTokens(Tokens):
             table = network.get_input_embeddings()
             vectors = table(torch.tensor(ids, device=table.weight.device))
             with torch.no_grad():
-                context(patch)[: len(ids)].copy_(vectors)
+                context(patch)[..., : len(ids), :].copy_(vectors)
 
 
 def context(patch: Patch) -> Tensor:
-    """The tokens of the first block, [m, d], wherever a patch keeps them."""
+    """The tokens of the first block, [m, d] or [C, m, d] of C classes, wherever a patch keeps them."""
     own: Any = patch if "P" in patch._parameters else patch.shared
     table: Tensor = own.P if patch is own else own.P_text
-    return table[0] if table.dim() == 3 else table
+    return table[0] if isinstance(patch, DeepPatch) or patch is not own else table
 
 
 class DeepPatch(TokensPatch):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytask.core.errors import ConfigError, MixError, listing
 from polytask.core.form import Call, Form, Patch, forms
 from polytask.core.model import Model
 from polytask.core.site import Site
 
 from ._dual import CONTEXT, DualTokens, linear_, spaced
 from .prompt import TokensPatch
+
+if TYPE_CHECKING:
+    from polytask.core.task import Task
 
 
 @forms.register("coop")
@@ -23,28 +28,48 @@ class CoOp(DualTokens):
     """Learned vectors between the start token and a class's name, in the text tower of a dual model.
 
     An image's class is the one whose text, ``[start][v_1 ... v_m][name][.][end]``, is nearest. One context serves all
-    classes, so a new class needs only its name.
+    classes, so a new class needs only its name; with ``per_class`` each class that learns has a context of its own, which can
+    tell more classes apart from many examples, and serves no other class.
 
     Args:
         length: m.
         text: words whose vectors the context starts from; the rest, or all when empty, is normal with deviation 0.02.
+        per_class: a context for each class.
+        classes: their names; those of the tasks that are learned when empty.
 
-    Reference: Zhou et al., Learning to Prompt for Vision-Language Models, arXiv 2109.01134; the shared context with the
-    class at the end. There SGD learns it; here the optimiser is the learner's.
+    Reference: Zhou et al., Learning to Prompt for Vision-Language Models, arXiv 2109.01134; the unified and the class-specific
+    context, with the class at the end. There SGD learns it; here the optimiser is the learner's.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or nobody said the classes.
         SiteError: the base is no dual model.
+        MixError: a forward with ``per_class`` has a class that did not learn, or texts of no class.
     """
 
     length: int = 16
     text: str = ""
+    per_class: bool = False
+    classes: tuple[str, ...] = ()
 
     peft_type: ClassVar[str] = "POLYTASK_COOP"
     paper: ClassVar[str] = "arXiv 2109.01134"
+    wants: ClassVar[tuple[str, ...]] = ("classes",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "classes", tuple(self.classes))
+        if self.classes and not self.per_class:
+            raise ConfigError("CoOp: classes are for contexts of their own; say per_class=True too, or leave them out")
+        if len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"CoOp: a class is named twice among {listing(self.classes)}; say each once")
+
+    def told(self, tasks: Sequence[Task]) -> Form:
+        if not self.per_class or self.classes:
+            return self
+        return replace(self, classes=tuple(dict.fromkeys(label for task in tasks for label in task.labels)))
 
     def patch(self, site: Site) -> Patch:
-        return ContextPatch(self, site)
+        return ClassPatch(self, site) if self.per_class else ContextPatch(self, site)
 
 
 class ContextPatch(TokensPatch):
@@ -60,6 +85,36 @@ class ContextPatch(TokensPatch):
 
     def virtual(self, call: Call) -> Tensor:
         return self.P
+
+
+class ClassPatch(ContextPatch):
+    """P [C, m, d]: a context for each class."""
+
+    form: CoOp
+
+    def __init__(self, form: CoOp, site: Site) -> None:
+        if not form.classes:
+            raise ConfigError(
+                "CoOp: a context for each class needs their names; say classes=[...], or let it learn a task that has some"
+            )
+        super().__init__(form, site)
+        self.P = nn.Parameter(torch.empty(len(form.classes), form.length, self.width))
+        self.places = {name: i for i, name in enumerate(form.classes)}
+
+    def virtual(self, call: Call) -> Tensor:
+        names = None if call.other is None else call.other.classes
+        if names is None:
+            raise MixError(
+                "CoOp: contexts of classes act where texts are those of classes, and this forward has others; score a task of "
+                "images, or learn one context for all (per_class=False)"
+            )
+        new = [name for name in names if name not in self.places]
+        if new:
+            raise MixError(
+                f"CoOp: the class {new[0]!r} has no context: those of {listing(self.form.classes)} learned; learn one for all "
+                "(per_class=False), which serves new classes too"
+            )
+        return self.P[[self.places[name] for name in names]]
 
 
 @forms.register("cocoop")

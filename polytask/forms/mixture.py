@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polytask.core.head import Seen
     from polytask.core.hub import Hub
     from polytask.core.model import Model
+    from polytask.core.task import Task
 
 TRAINS = ("gates", "all")
 
@@ -111,8 +112,8 @@ class Mixture(Form):
         there = {i: part for i, part in parts.items() if part is not None}
         return MixtureShared(self, there) if there else None
 
-    def told(self, tasks: Sequence[str]) -> Form:
-        return _with(self, router=self.router.told(tasks))
+    def told(self, tasks: Sequence[Task]) -> Form:
+        return _with(self, router=self.router.told([task.name for task in tasks]))
 
     def enter(self, adapter: Adapter, hub: Hub, inputs: Mapping[str, Any], call: Call) -> None:
         self.router.begin(router_part(adapter), hub, inputs, call)

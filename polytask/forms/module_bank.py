@@ -24,6 +24,7 @@ from ._tasks import rows_by_task
 if TYPE_CHECKING:
     from polytask.core.adapter import Adapter
     from polytask.core.model import Model
+    from polytask.core.task import Task
 
 
 KEPT = 8  # masks of a site that are kept, a byte per weight each
@@ -79,8 +80,8 @@ class ModuleBank(Form):
     def patch(self, site: Site) -> Patch:
         return ModulePatch(self, site)
 
-    def told(self, tasks: Sequence[str]) -> Form:
-        return self if self.tasks else replace(self, tasks=tuple(tasks))
+    def told(self, tasks: Sequence[Task]) -> Form:
+        return self if self.tasks else replace(self, tasks=tuple(task.name for task in tasks))
 
     def rate(self, name: str) -> float:
         return 1.0 if name == "M" else 10.0

@@ -123,7 +123,7 @@ def learn(
     courses = []
     for group in groups:
         called = name if name and len(groups) == 1 else "joint" if mixture == "joint" else group[0].name
-        told = Form.of(form).told([task.name for task in group])
+        told = Form.of(form).told(group)
         learns = dealt.form(dealt.takes(told)) if dealt is not None else told
         adapter, fresh = _fresh(model, group, learns, sites, stage, called, start)
         courses.append(Course(called, adapter, group, stage, fresh, begun=start is not None, budget=dealt))
