@@ -36,6 +36,7 @@ _WHERE = {
     "compare": "jobs",
     "compare_merges": "jobs",
     "search": "jobs",
+    "transferability": "jobs",
     "groupwise": "grouping",
     "Score": "core.metrics",
     "transfer_prompt": "learn.transfer",

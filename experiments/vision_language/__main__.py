@@ -157,6 +157,13 @@ def main() -> None:
                     done[key] = one(model, config, config["methods"][method], tasks, name, seed)
                 print(f"{time.strftime('%H:%M:%S')} {key} {done[key]}", file=sys.stderr, flush=True)
                 kept.write_text(json.dumps(done, indent=1))
+        key = f"transfer/{seed}"
+        if key not in done and not given.methods:
+            bases = [base for base, _ in tasks.values()]
+            settings = {**config["learn"], **config["transfer"]}
+            gains = pt.transferability(model, bases, split="test", seed=seed, **settings).gains
+            done[key] = dict(zip(tasks, [dict(zip(tasks, row, strict=True)) for row in gains], strict=True))
+            kept.write_text(json.dumps(done, indent=1))
     page = page_of(config, done, model.name if given.base else "the small CLIP of this project", shots)
     file = ROOT / config["page"]
     (file if not suffix else file.with_stem(file.stem + suffix)).write_text(page, encoding="utf-8")
@@ -191,6 +198,18 @@ def page_of(config: dict[str, Any], done: dict[str, Any], base: str, shots: int)
             seconds = f"{statistics.median(f['seconds'] for f in found):.0f}" if "seconds" in found[0] else "-"
             shown = f"*{method}*" if method == "zero-shot" else method
             lines.append(f"| {shown} | {' | '.join(cells)} | {size} | {seconds} |")
+    moved = [found for key, found in done.items() if key.startswith("transfer/")]
+    if moved:
+        sets = list(config["sets"])
+        lines += [
+            "", "## Transfer", "",
+            "What a set's accuracy (column, base classes) gains when its prompt starts from another set's (row) instead of anew: "
+            f"`{json.dumps(config['transfer'])}`, as `polytask transferability` measures it.", "",
+            f"| from | {' | '.join(sets)} |", f"|---|{'---|' * len(sets)}",
+        ]  # fmt: skip
+        for a in sets:
+            cells = ["-" if a == b else interval([found[a][b] for found in moved]) for b in sets]
+            lines.append(f"| {a} | {' | '.join(cells)} |")
     lines += ["", str(config.get("reading", "")).strip()]
     return "\n".join(lines).rstrip() + "\n"
 
