@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from polytask import Adapter, LoRA, Mix, Model, PerRow, Weights
 from polytask.core.form import Call
 from polytask.core.gate import Router, chosen
+from polytask.core.levels import Levels
 from polytask.core.site import Site
 from polytask.forms.mixture import Mixture
 from polytask.forms.mixtures import mixture_of, routing_of
@@ -38,11 +39,15 @@ class Prototypes(Mix):
         names: the adapters.
         k: how many for each token.
         prototypes: [N, i] by site, whose products count without their sign, as Arrow's; random ones with theirs when None.
+        probe: how many groups of prototypes a token looks into; all are scored where 0.
     """
 
-    def __init__(self, names: tuple[str, ...], k: int = K, prototypes: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, names: tuple[str, ...], k: int = K, prototypes: dict[str, Tensor] | None = None, probe: int = 0
+    ) -> None:
         self._names, self._k, self._signed = names, k, prototypes is None
         self._prototypes = dict[str, Tensor]() if prototypes is None else prototypes
+        self._probe, self._levels = probe, dict[str, Levels]()
 
     def names(self) -> tuple[str, ...]:
         return self._names
@@ -53,6 +58,10 @@ class Prototypes(Mix):
             draw = torch.Generator().manual_seed(len(self._prototypes))
             prototypes = torch.nn.functional.normalize(torch.randn(len(names), x.shape[-1], generator=draw), dim=-1)
             self._prototypes[site.name] = prototypes
+            self._levels[site.name] = Levels(prototypes)
+        if self._probe:
+            top, index = self._levels[site.name].best(x, self._k, self._probe)
+            return Weights(names, top.softmax(-1), index)
         scores = nn.functional.linear(x, prototypes)
         return Weights(names, *chosen(scores if self._signed else scores.abs(), self._k))
 
@@ -92,7 +101,7 @@ def _fitting(count: int) -> tuple[nn.Module, int]:
     return decoder(layers=layers, vocab=VOCAB * layers // LAYERS), layers
 
 
-def _routed(count: int, rows: int, length: int, rounds: int, peft: bool = False) -> dict[str, Any]:
+def _routed(count: int, rows: int, length: int, rounds: int, peft: bool = False, probe: int = 0) -> dict[str, Any]:
     """The cases' times, the memory of the stacks, and how long attaching and the first forward took."""
     base, layers = _fitting(count)
     ids = tokens(rows, length) % (VOCAB * layers // LAYERS)
@@ -100,7 +109,7 @@ def _routed(count: int, rows: int, length: int, rounds: int, peft: bool = False)
     begin = time.perf_counter()
     model = attached(base, given)
     attaching = time.perf_counter() - begin
-    model.use(Prototypes(tuple(given)))
+    model.use(Prototypes(tuple(given), probe=probe))
     begin = time.perf_counter()
     model.module(ids)
     first = time.perf_counter() - begin
@@ -144,17 +153,42 @@ def _difference(base: nn.Module, count: int, arrow: Any, ids: Tensor) -> float:
     return difference(model.module(ids).logits, expected)
 
 
-def _benchmark(count: int, limit: float, rows: int = 8, length: int = 64, peft: bool = False) -> Callable[..., Any]:
+def _benchmark(
+    count: int, limit: float, rows: int = 8, length: int = 64, peft: bool = False, probe: int = 0
+) -> Callable[..., Any]:
     @torch.no_grad()
     def benchmark(quick: bool) -> dict[str, Any]:
-        found = _routed(count if not quick else min(count, 32), rows, length, 2 if quick else 11, peft)
+        found = _routed(count if not quick else min(count, 32), rows, length, 2 if quick else 11, peft, probe)
+        if probe:
+            found["found"] = {what: _found(vectors, probe) for what, vectors in _kinds(count).items()}
         ours = found["cases"]["ours"]
         peer = {f"{PEFT} arrow": found["cases"]["peft"]["cpu"]} if "peft" in found["cases"] else {}
         return result(benchmark.__doc__ or "", ours["cpu"], limit, peer, **found)
 
-    benchmark.__name__ = f"{'top2' if length > 1 else 'decode'}_of_{count}"
+    benchmark.__name__ = f"{'top2' if length > 1 else 'decode'}_of_{count}{f'_probe_{probe}' if probe else ''}"
     benchmark.__doc__ = f"{rows} x {length} tokens, each by two of {count} LoRAs of rank {RANK}, over the bare forward"
+    if probe:
+        benchmark.__doc__ += f"; scored are those in {probe} groups of like prototypes"
     return benchmark
+
+
+def _kinds(count: int, width: int = 512) -> dict[str, Tensor]:
+    """Prototypes without any order, and in 40 clusters whose spread is half their distance from the origin."""
+    draw = torch.Generator().manual_seed(0)
+    loose = torch.randn(count, width, generator=draw)
+    centres = torch.randn(40, width, generator=draw)[torch.arange(count) % 40]
+    return {"random": loose, "clustered": centres + 0.5 * loose}
+
+
+def _found(vectors: Tensor, probe: int) -> float:
+    """The share of the best two that are among the two found, of inputs near to a prototype."""
+    draw = torch.Generator().manual_seed(1)
+    vectors = nn.functional.normalize(vectors, dim=1)
+    near = vectors[torch.randint(len(vectors), (512,), generator=draw)]
+    x = near + 0.5 * nn.functional.normalize(torch.randn(near.shape, generator=draw), dim=1)
+    index = Levels(vectors).best(x, K, probe)[1]
+    wanted = (x @ vectors.T).topk(K, -1).indices
+    return round(float((index.unsqueeze(-1) == wanted.unsqueeze(1)).any(1).float().mean()), 3)
 
 
 @torch.no_grad()
@@ -256,5 +290,6 @@ def _beside(
 
 BENCHMARKS = (
     _benchmark(8, 1.35, peft=True), _benchmark(32, 1.45, peft=True), _benchmark(128, 1.7), _benchmark(1024, 2.7),
-    _benchmark(128, 2.0, 32, 1), rows_of_1024, _x_lora(8), _x_lora(32), poly_of_8, fusion_of_8,
+    _benchmark(1024, 2.7, probe=4), _benchmark(128, 2.0, 32, 1), rows_of_1024, _x_lora(8), _x_lora(32),
+    poly_of_8, fusion_of_8,
 )  # fmt: skip

@@ -16,10 +16,14 @@ from torch.nn import functional as F
 from .errors import ConfigError, MixError
 from .form import Call, Part, Weights
 from .gate import Gate, Router, by_row, chosen
+from .levels import Levels
 from .site import Site
 
 if TYPE_CHECKING:
     from .hub import Hub
+
+
+LEAST = 64  # adapters below which groups of them save nothing
 
 
 class TokenGate(Gate):
@@ -32,6 +36,49 @@ class TokenGate(Gate):
     def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
         values, index = chosen(self.scores(x, call), self.router.top_k, self.router.temperature)
         return Weights(self.names, values.to(y.dtype), index)
+
+
+class VectorGate(TokenGate):
+    """Scores ``v_n . read(x)``, or its size, with a vector v_n for each adapter that is computed, not trained: v [N, i].
+
+    With the router's ``probe`` only the adapters in the best groups of like vectors are scored; see `Levels`.
+    """
+
+    frozen = frozenset({"v"})
+    unsigned: ClassVar[bool] = False
+
+    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
+        super().__init__(router, site, names)
+        self.v = nn.Parameter(torch.zeros(len(names), site.d_in), requires_grad=False)
+        self._levels: tuple[Any, Levels] | None = None
+
+    def read(self, x: Tensor) -> Tensor:
+        """What is compared of an input."""
+        return x
+
+    def scores(self, x: Tensor, call: Call) -> Tensor:
+        x = self.read(x)
+        found = x @ self.v.to(x.dtype).T
+        return found.abs() if self.unsigned else found
+
+    def weigh(self, x: Tensor, y: Tensor, call: Call) -> Weights:
+        k, probe = self.router.top_k, self.router.probe
+        if not probe or len(self.names) < LEAST or torch.compiler.is_compiling():
+            return super().weigh(x, y, call)
+        read = self.read(x)
+        levels = self._grouped(read)
+        if probe >= len(levels) or k > probe * (len(self.names) // len(levels)):
+            return super().weigh(x, y, call)
+        top, index = levels.best(read, k, probe)
+        return Weights(self.names, (top / self.router.temperature).softmax(-1).to(y.dtype), index)
+
+    def _grouped(self, x: Tensor) -> Levels:
+        """The vectors in groups, in the type of what they are compared with."""
+        key = (self.v.data_ptr(), self.v._version, x.dtype, x.device)
+        if self._levels is None or self._levels[0] != key:
+            with torch.no_grad():
+                self._levels = (key, Levels(self.v.to(x), self.unsigned))
+        return self._levels[1]
 
 
 class LinearGate(TokenGate):
@@ -68,6 +115,26 @@ class TokenRouter(Router):
         self.at_least("top_k", 0, whole=True)
         if not self.temperature > 0.0:
             raise ConfigError(f"{self.name}: temperature must be above 0, got {self.temperature!r}")
+
+
+@dataclass(frozen=True)
+class VectorRouter(TokenRouter):
+    """A router whose gates are `VectorGate`.
+
+    Args:
+        probe: where there are hundreds of adapters: how many of their about sqrt(N) groups of like ones a token looks into. Fewer
+            products, and the best may be missed; 0 scores all.
+    """
+
+    probe: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("probe", 0, whole=True)
+        if self.probe and not self.top_k:
+            raise ConfigError(
+                f"{self.name}: probe finds the best few adapters; say how many with top_k, or leave probe out"
+            )
 
 
 class RowShared(Part):

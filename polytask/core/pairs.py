@@ -43,7 +43,7 @@ def outputs(x: Tensor, out: Tensor, A: Tensor, B: Tensor, index: Tensor, values:
         values: [T, k], w. A pair of weight zero is left out where the weights take no gradients.
     """
     index, weight = _without_zeros(index, values, len(A) - 1)
-    pairs = _pairs(x, out, A, B, index, values)
+    pairs = _way(index, x, A, B, out, values)
     return pairs.expand(weight(pairs.shrink(x, A)), B, out)
 
 
@@ -56,9 +56,20 @@ def parameters(x: Tensor, out: Tensor, A: Tensor, B: Tensor, index: Tensor, valu
         x, out, A, B, index, values: as for `outputs`.
     """
     index, weight = _without_zeros(index, values, len(A) - 1)
-    pairs = _pairs(x, out, A, B, index, values)
+    pairs = _way(index, x, A, B, out, values)
     h = weight(pairs.shrink(x, A)).sum(1, keepdim=True)  # [T, 1, r]
     return pairs.expand(weight(h), B, out)
+
+
+def products(x: Tensor, A: Tensor, index: Tensor) -> Tensor:
+    """``A_e x`` for each chosen expert, [T, k, r].
+
+    Args:
+        x: [T, i].
+        A: [N + 1, r, i].
+        index: [T, k].
+    """
+    return _way(index, x, A).shrink(x, A)
 
 
 def _without_zeros(index: Tensor, values: Tensor, nobody: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -72,12 +83,13 @@ def _without_zeros(index: Tensor, values: Tensor, nobody: int) -> tuple[Tensor, 
     return index.masked_fill(zero, nobody), lambda h: (h * column).masked_fill(zero.unsqueeze(-1), 0.0)
 
 
-def _pairs(x: Tensor, out: Tensor, A: Tensor, B: Tensor, index: Tensor, values: Tensor) -> _Pairs:
-    """The way that is the fastest for these shapes, of those that can do it."""
+def _way(index: Tensor, x: Tensor, A: Tensor, B: Tensor | None = None, *others: Tensor) -> _Pairs:
+    """The way that is the fastest for these shapes, of those that can do it; ``others`` may take gradients too."""
     experts, rank, size = len(A) - 1, A.shape[1], x.element_size()
     if experts * rank <= DENSE:
         return _Dense(index)
-    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, out, A, B, values))
+    stacks = (A,) if B is None else (A, B)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *stacks, *others))
     if torch.compiler.is_compiling():
         return _Gathered(index)
     count = index.numel()
@@ -88,7 +100,7 @@ def _pairs(x: Tensor, out: Tensor, A: Tensor, B: Tensor, index: Tensor, values: 
             return _sort(_SortedSampled, index, experts)
     if count <= FEW and (x.device.type != "cpu" or count < experts):
         return _Gathered(index)
-    fits = all(width * size % ALIGNED == 0 for width in (rank, A.shape[2], B.shape[2]))
+    fits = all(width * size % ALIGNED == 0 for width in (rank, *(stack.shape[2] for stack in stacks)))
     return _sort(_Grouped if fits and x.dtype in _GROUPED.get(x.device.type, ()) else _Sorted, index, experts)
 
 

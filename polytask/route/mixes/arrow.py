@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from polytask.core.adapter import Adapter
-from polytask.core.form import Call, Patch
+from polytask.core.form import Patch
 from polytask.core.gate import Gate, routers
-from polytask.core.gates import TokenGate, TokenRouter
+from polytask.core.gates import VectorGate, VectorRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task
@@ -21,7 +21,7 @@ from polytask.route.spectrum import spectrum
 
 @routers.register("arrow")
 @dataclass(frozen=True)
-class Arrow(TokenRouter):
+class Arrow(VectorRouter):
     """Scores ``|v_n . x|``, v_n the input direction that adapter n changes most: the top right singular vector of its change.
 
     The weights are the softmax of the best scores over the temperature. Nothing is trained, and no data are needed. An adapter
@@ -30,6 +30,7 @@ class Arrow(TokenRouter):
     Args:
         top_k: how many adapters act for a token; all where 0.
         temperature: the scores are divided by it.
+        probe: see `VectorRouter`.
 
     Reference: Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, arXiv 2405.11157, with K = 4.
     Its code mixes the factors; ours, as PEFT's, the outputs. v is exact here: QR of both factors, and an SVD of their r x r core.
@@ -52,20 +53,13 @@ class Arrow(TokenRouter):
         return ArrowGate(self, site, names)
 
 
-class ArrowGate(TokenGate):
+class ArrowGate(VectorGate):
     """v [N, i]; computed, not trained."""
 
-    frozen = frozenset({"v"})
-
-    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
-        super().__init__(router, site, names)
-        self.v = nn.Parameter(torch.zeros(len(names), site.d_in), requires_grad=False)
+    unsigned: ClassVar[bool] = True
 
     def fill(self, signs: Sequence[Tensor]) -> None:
         self.v = nn.Parameter(torch.stack([sign.float() for sign in signs]), requires_grad=False)
-
-    def scores(self, x: Tensor, call: Call) -> Tensor:
-        return (x @ self.v.to(x.dtype).T).abs()
 
 
 def direction(patch: Patch, name: str = "", model: Model | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from polytask.core.errors import ConfigError
 from polytask.core.form import Call
 from polytask.core.gate import Gate, by_row, routers
 from polytask.core.gates import RowRouter, RowShared
@@ -50,6 +51,8 @@ class Glider(PhatGoose, TextRouter):
         super().__post_init__()
         TextRouter.__post_init__(self)
         self.at_least("scale", 0.0)
+        if self.probe and self.scale:
+            raise ConfigError("glider: the texts may move any adapter to the front, so all are scored; leave probe out")
 
     @property
     def needs(self) -> bool:

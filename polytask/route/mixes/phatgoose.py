@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from polytask.core.adapter import Adapter
 from polytask.core.errors import MixError, listing
-from polytask.core.form import Call
 from polytask.core.gate import Gate, routers
-from polytask.core.gates import TokenGate, TokenRouter
+from polytask.core.gates import VectorGate, VectorRouter
 from polytask.core.model import Model
 from polytask.core.site import Site
 from polytask.core.task import Task
@@ -24,7 +23,7 @@ from polytask.route.learned_gate import learned_gates
 
 @routers.register("phatgoose")
 @dataclass(frozen=True)
-class PhatGoose(TokenRouter):
+class PhatGoose(VectorRouter):
     """Scores ``LN(v_n) . LN(x) / sqrt(i)``; the softmax of the best ones weighs the adapters' outputs.
 
     v_n [i] learns for each site after the adapter, which is frozen then, on the adapter's own task: its contribution is scaled
@@ -33,6 +32,7 @@ class PhatGoose(TokenRouter):
     Args:
         top_k: how many adapters act for a token; all where 0.
         temperature: the scores are divided by it.
+        probe: see `VectorRouter`.
         steps: of a gate.
         lr: its learning rate.
         batch_size: examples in a step.
@@ -84,14 +84,8 @@ class PhatGoose(TokenRouter):
         return PhatGooseGate(self, site, names)
 
 
-class PhatGooseGate(TokenGate):
+class PhatGooseGate(VectorGate):
     """LN(v) [N, i]; computed, not trained with the others."""
-
-    frozen = frozenset({"v"})
-
-    def __init__(self, router: Any, site: Site, names: Sequence[str]) -> None:
-        super().__init__(router, site, names)
-        self.v = nn.Parameter(torch.zeros(len(names), site.d_in), requires_grad=False)
 
     def fill(self, signs: Sequence[Tensor]) -> None:
         v = torch.stack([standard(sign) for sign in signs])
@@ -104,9 +98,8 @@ class PhatGooseGate(TokenGate):
             )
         self.v = nn.Parameter(v, requires_grad=False)
 
-    def scores(self, x: Tensor, call: Call) -> Tensor:
-        normal = F.layer_norm(x.float(), x.shape[-1:])
-        return normal @ self.v.T / math.sqrt(x.shape[-1])
+    def read(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:]) / math.sqrt(x.shape[-1])
 
 
 def standard(v: Tensor) -> Tensor:
