@@ -51,10 +51,10 @@ def chosen(scores: Tensor, k: int = 0, temperature: float = 1.0) -> tuple[Tensor
     Returns:
         Weights [..., k] that sum to one and positions [..., k]; weights [..., N] and None where all are taken.
     """
+    index = None
     if 0 < k < scores.shape[-1]:
-        top, index = scores.topk(k, -1)
-        return (top / temperature).softmax(-1), index
-    return (scores / temperature).softmax(-1), None
+        scores, index = scores.topk(k, -1)
+    return (scores if temperature == 1.0 else scores / temperature).softmax(-1), index
 
 
 def by_row(site: Site, names: tuple[str, ...], values: Tensor, x: Tensor, y: Tensor) -> Weights:

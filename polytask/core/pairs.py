@@ -95,7 +95,7 @@ def _way(index: Tensor, x: Tensor, A: Tensor, B: Tensor | None = None, *others: 
     count = index.numel()
     if not graph and x.device.type == "cpu" and _samples(x.dtype):
         if count <= FEW:
-            return _Sampled(index, (index.unsqueeze(-1) * rank + torch.arange(rank)).flatten(1))
+            return _Sampled(index, (index.unsqueeze(-1) * rank + _steps(rank)).flatten(1))
         if count <= SPARSE * experts:
             return _sort(_SortedSampled, index, experts)
     if count <= FEW and (x.device.type != "cpu" or count < experts):
@@ -219,7 +219,7 @@ class _SortedSampled(_Sorted):
 
     def _rows(self, rank: int) -> Tensor:
         expert = self.index.flatten().index_select(0, self.order)
-        return expert.unsqueeze(-1) * rank + torch.arange(rank)  # [Q, r]
+        return expert.unsqueeze(-1) * rank + _steps(rank)  # [Q, r]
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         return _entries(x, A.flatten(0, 1), self._rows(A.shape[1]))
@@ -239,12 +239,18 @@ def _sort(kind: type[_Sorted], index: Tensor, experts: int) -> _Sorted:
 def _entries(x: Tensor, stack: Tensor, rows: Tensor) -> Tensor:
     """The products of each x [Q, i] with its own ``rows`` [Q, e] of the stack [M, i]: [Q, e]."""
     count, each = rows.shape
-    starts = torch.arange(0, count * each + 1, each)
+    starts = _steps(count + 1, each)
     where = torch.sparse_csr_tensor(
         starts, rows.reshape(-1), x.new_zeros(count * each), (count, len(stack)), check_invariants=False
     )
     found: Tensor = torch.sparse.sampled_addmm(where, x, stack.t(), beta=0.0)
     return found.values().view(count, each)
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(count: int, size: int = 1) -> Tensor:
+    """0, size, 2 size, ...: kept, for every site needs them in every forward."""
+    return torch.arange(0, count * size, size)
 
 
 _GROUPED = {  # the types that grouped_mm takes
