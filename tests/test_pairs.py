@@ -59,9 +59,7 @@ def forced(monkeypatch):
     """Makes one way act for all shapes."""
 
     def force(name):
-        monkeypatch.setattr(
-            pairs, "_pairs", lambda x, out, A, B, index, values: way(name, index, len(A) - 1, A.shape[1])
-        )
+        monkeypatch.setattr(pairs, "_way", lambda index, x, A, *others: way(name, index, len(A) - 1, A.shape[1]))
 
     return force
 
@@ -161,7 +159,7 @@ def test_what_the_shapes_pick_is_the_loop(dtype, graph):
         rank = pairs.aligned(rank, dtype)
         x, out, A, B, index, values = problem(tokens, count, 2, rank, dtype=dtype)
         x.requires_grad_(graph)
-        seen.add(type(pairs._pairs(x, out, A, B, index, values)).__name__)
+        seen.add(type(pairs._way(index, x, A, B, out, values)).__name__)
         want = loop(*(t.double() if t.is_floating_point() else t for t in (x, out, A, B, index, values)))
         kept = out.clone()
         with torch.set_grad_enabled(graph), warnings.catch_warnings():
