@@ -87,6 +87,12 @@ def test_like_vectors_are_in_one_group():
     assert kind[index].tolist() == [[i] * 4 for i in range(8)]
 
 
+def test_groups_of_short_numbers_are_those_of_long_ones():
+    vectors = drawn(100)[0].bfloat16()
+    found, wanted = Levels(vectors, True), Levels(vectors.float(), True)
+    assert torch.equal(found.members, wanted.members) and found.stack.dtype == found.centres.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_their_signs_do_not_part_like_vectors(seed):
     """Where signs say nothing, half of the groups find nearly all; groups that are drawn would find half."""

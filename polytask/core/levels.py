@@ -35,10 +35,11 @@ class Levels:
         self.unsigned = unsigned
         count = len(vectors)
         groups = [torch.arange(count, device=vectors.device)]
+        exact = vectors.float()
         while 4 * len(groups) ** 2 <= 2 * count:  # until there are about as many groups as vectors in each
-            groups = [half for group in groups for half in self._halves(vectors, group)]
+            groups = [half for group in groups for half in self._halves(exact, group)]
         size = max(map(len, groups))
-        self.centres = torch.stack([self._centre(vectors[group]) for group in groups])  # [G, i]
+        self.centres = torch.stack([self._centre(exact[group]) for group in groups]).to(vectors.dtype)  # [G, i]
         # number N is nobody's, as is the last group: the way of `pairs`
         self.members = torch.full((len(groups) + 1, size), count, device=vectors.device)  # [G + 1, S]
         for place, group in enumerate(groups):
