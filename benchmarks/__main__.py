@@ -31,13 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="torch's threads; torch's own choice if not given")
     parser.add_argument("--mergekit", metavar="PATH", help="mergekit's mergekit-yaml, of an environment of its own")
     parser.add_argument("--size", help="of the models that are merged: 40m, 160m, 500m or 1.5b")
+    parser.add_argument("--rounds", type=int, help="of the merges that are timed; 3 if not given")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.modules) - set(there))
     if unknown:
         parser.error(f"there is no module {', '.join(unknown)}; there are: {', '.join(there)}")
-    for name, value in (("POLYTASK_MERGEKIT", given.mergekit), ("POLYTASK_MERGE_SIZE", given.size)):
+    for name, value in (
+        ("POLYTASK_MERGEKIT", given.mergekit),
+        ("POLYTASK_MERGE_SIZE", given.size),
+        ("POLYTASK_MERGE_ROUNDS", given.rounds),
+    ):
         if value:
-            os.environ[name] = value
+            os.environ[name] = str(value)
     if given.threads:
         torch.set_num_threads(given.threads)
     document: dict[str, Any] = {"machine": machine(), "quick": given.quick, "results": []}

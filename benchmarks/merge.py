@@ -84,9 +84,9 @@ class Worker:
 
 
 def in_turn(cases: Mapping[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of what the cases say of themselves, run alternately after one untimed run of each."""
+    """Medians of what the cases say of themselves, run alternately after one untimed run of each; of one round there is none."""
     names, found = list(cases), {name: [] for name in cases}
-    for call in cases.values():
+    for call in cases.values() if rounds > 1 else ():
         call()
     for turn in range(rounds):
         for place in range(len(names)):
@@ -123,6 +123,10 @@ def _size(quick: bool) -> str:
     if size not in SIZES:
         raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     return size
+
+
+def _rounds(quick: bool) -> int:
+    return int(os.environ.get("POLYTASK_MERGE_ROUNDS") or (1 if quick else ROUNDS))
 
 
 def _peer(ratio: float | None) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def linear_copy(quick: bool) -> dict[str, Any]:
         }
         if "mergekit" in workers:
             cases["mergekit"] = lambda: workers["mergekit"](config, folder / "kit", lazy_unpickle=True)
-        took = in_turn(cases, 1 if quick else ROUNDS)
+        took = in_turn(cases, _rounds(quick))
     ratios = {name: round(entry["seconds"] / took["copy"]["seconds"], 3) for name, entry in took.items()}
     return result(
         linear_copy.__doc__ or "", ratios["ours"], 1.5, _peer(ratios.get("mergekit")), size=size, ratios=ratios,
@@ -186,7 +190,7 @@ def methods(quick: bool) -> dict[str, Any]:
                     config, folder / "kit", lazy_unpickle=True
                 )
             try:
-                took = in_turn(cases, 1 if quick else ROUNDS)
+                took = in_turn(cases, _rounds(quick))
             except RuntimeError as error:  # the other methods are still worth comparing
                 found[method] = {"error": str(error)}
                 continue
@@ -224,7 +228,7 @@ def _commands(method: str, quick: bool, size: str, **more: Any) -> dict[str, Any
             for case, command in {**ours, **theirs}.items():
                 out = folder / {"ours": "ours", "without hashes": "bare"}.get(case, case)
                 cases[case] = lambda command=command, out=out: call(command, out)
-            found[name] = in_turn(cases, 1 if quick else ROUNDS)
+            found[name] = in_turn(cases, _rounds(quick))
     for case, entry in found[size].items():
         entry["merging"] = round(entry["seconds"] - found["tiny"][case]["seconds"], 3)
     return found
