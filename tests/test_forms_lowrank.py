@@ -27,6 +27,7 @@ import polytask as pt
 from polytask.core.errors import AdapterError, ConfigError
 from polytask.core.files import CARD, CONFIG, WEIGHTS
 from polytask.core.form import Call
+from polytask.forms.dora import _Scaled
 from polytask.forms.lokr import split
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -828,3 +829,21 @@ def test_vera_projects_an_input_once_for_the_sites_that_share_it() -> None:
     kept = weakref.ref(shared.project(x))  # nobody's graph needs it
     assert kept() is None
     copy.deepcopy(adapter)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_doras_fused_product_has_the_gradients_of_the_plain_one(bias):
+    """Also where a row of the weight is zero, whose magnitude does nothing."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(5, 4), (5, 2), (4, 2), (4,), *([(4,)] if bias else [])]
+    given = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    n = torch.tensor([0.5, 0.0, 1.0, 2.0], dtype=torch.float64)
+
+    def fused(y, h, B, m, b=None):
+        return _Scaled.apply(y, h, B, 0.7, m, n, b)
+
+    def plain(y, h, B, m, b=0.0):
+        return torch.where(n > 0, m / n, 1.0) * (y - b + 0.7 * h @ B.T) + b
+
+    torch.testing.assert_close(fused(*given), plain(*given))
+    assert torch.autograd.gradcheck(fused, given)

@@ -108,7 +108,7 @@ class DoRAPatch(LoRAPatch):
         h = nn.functional.linear(self._drop(x), self.A)  # [..., r]
         bias = None if self.base is None else self.base._parameters.get("bias")
         flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-        return _Scaled.apply(flat, h, self.B * self.form.scale, self._ratio(), bias).view(y.shape)
+        return _Scaled.apply(flat, h, self.B, self.form.scale, self.m, self._norm(), bias).view(y.shape)
 
     def delta(self) -> Tensor:
         weight = self._weight().detach().to(self.m.dtype)
@@ -118,8 +118,7 @@ class DoRAPatch(LoRAPatch):
 
     def _ratio(self) -> Tensor:
         """m / n as [o]; 1 where n is zero."""
-        n, m = self._norm(), self.m.view(-1)
-        return torch.where(n > 0, m / n.clamp_min(torch.finfo(n.dtype).tiny), 1.0)
+        return _over(self.m.view(-1), self._norm())
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -159,29 +158,41 @@ class DoRAPatch(LoRAPatch):
         return vector.view(-1, *[1] * (len(self.site.shape) - 2)) if self.site.kind == "conv" else vector
 
 
+def _over(m: Tensor, n: Tensor) -> Tensor:
+    """m / n; 1 where n is zero."""
+    return torch.where(n > 0, m / n.clamp_min(torch.finfo(n.dtype).tiny), 1.0)
+
+
 class _Scaled(torch.autograd.Function):
-    """``g (y - b + h B^T) + b`` with as few passes over y [T, o] as there can be; h is [T, r], B [o, r], g and b [o]."""
+    """``g (y - b + s h B^T) + b``, g = m / n, with as few passes over y [T, o] as there can be; h is [T, r], B [o, r], m, n and
+    b [o]. n takes no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, g: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(y, h, B, g, b)
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, s: float, m: Tensor, n: Tensor, b: Tensor | None) -> Tensor:
+        g = _over(m, n)
+        own = B * (g * s)[:, None]
+        ctx.s = s
+        ctx.save_for_backward(y, h, B, own, g, n, b)
         out = y * g if b is None else torch.addcmul((1 - g) * b, y, g)
-        return out.addmm_(h, (B * g[:, None]).t())
+        return out.addmm_(h, own.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, h, B, g, b = ctx.saved_tensors
+        y, h, B, own, g, n, b = ctx.saved_tensors
+        need, s = ctx.needs_input_grad, ctx.s
         thin = (h.t() @ grad).t()  # [o, r]; this way round is several times faster
-        along = (grad * y).sum(0) + (thin * B).sum(1)
-        total = None
-        if b is not None:
-            total = grad.sum(0)
-            along = along - b * total
-        need = ctx.needs_input_grad
+        total = grad.sum(0) if b is not None and (need[4] or need[6]) else None
+        along = None
+        if need[4]:
+            along = torch.add((grad * y).sum(0), (thin * B).sum(1), alpha=s)
+            along = along if total is None else along - b * total
+            along = torch.where(n > 0, along / n.clamp_min(torch.finfo(n.dtype).tiny), 0.0)
         return (
             grad * g if need[0] else None,
-            ((B * g[:, None]).t() @ grad.t()).t() if need[1] else None,
-            thin * g[:, None] if need[2] else None,
-            along if need[3] else None,
-            total * (1 - g) if need[4] and total is not None else None,
+            (own.t() @ grad.t()).t() if need[1] else None,
+            thin * (g * s)[:, None] if need[2] else None,
+            None,
+            along,
+            None,
+            total * (1 - g) if need[6] and total is not None else None,
         )
