@@ -157,7 +157,7 @@ class TestCommand:
     def test_route_and_trace(self, run, base, data, library, tmp_path):
         code, out, _ = run("route", library, "--router", "arrow:top_k=1", "--out", tmp_path / "m.safetensors", "--json")
         assert code == 0
-        assert json.loads(out)["router"] == {"name": "arrow", "top_k": 1, "temperature": 1.0}
+        assert json.loads(out)["router"] == {"name": "arrow", "top_k": 1, "temperature": 1.0, "probe": 0}
         assert Routing.load(tmp_path / "m.safetensors", library).router.top_k == 1
         code, out, _ = run(
             "route", "trace", tmp_path / "m.safetensors", library, "--base", base, "--data", data, "--out", tmp_path / "t",
