@@ -58,7 +58,8 @@ class Prototypes(Mix):
             draw = torch.Generator().manual_seed(len(self._prototypes))
             prototypes = torch.nn.functional.normalize(torch.randn(len(names), x.shape[-1], generator=draw), dim=-1)
             self._prototypes[site.name] = prototypes
-            self._levels[site.name] = Levels(prototypes)
+            if self._probe:
+                self._levels[site.name] = Levels(prototypes)
         if self._probe:
             top, index = self._levels[site.name].best(x, self._k, self._probe)
             return Weights(names, top.softmax(-1), index)

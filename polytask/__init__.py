@@ -36,7 +36,7 @@ _WHERE = {
     "compare": "jobs",
     "compare_merges": "jobs",
     "search": "jobs",
-    "transferability": "jobs",
+    "transferability": "grouping",
     "groupwise": "grouping",
     "Score": "core.metrics",
     "transfer_prompt": "learn.transfer",

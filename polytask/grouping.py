@@ -1,18 +1,21 @@
-"""Groups of tasks from end to end: learned together or apart, merged, scored. A door, as `polytask.jobs`: it holds no method."""
+"""Tasks that help each other, from end to end: what each gains from each other, groups that learn together or apart, merged
+and scored. A door, as `polytask.jobs`: it holds no method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polytask.core.adapter import Adapter
 from polytask.core.config import read_yaml
-from polytask.core.errors import ConfigError, MergeError
+from polytask.core.errors import ConfigError, DataError, MergeError
+from polytask.core.metrics import Score
 from polytask.core.model import Model
-from polytask.core.task import Task, read_tasks
+from polytask.core.task import Task
 from polytask.evaluate.evaluator import evaluate
+from polytask.evaluate.transferability import Transferability as _Transferability
+from polytask.jobs import drawn, folder_for, learn_each, tasks_of
 from polytask.learn.learner import learn
 from polytask.merge.fit import fits
 from polytask.merge.groups import Groups, Groupwise, by_direction, groups_of, rank_of
@@ -66,7 +69,7 @@ def groupwise(
     if plan not in ("measured", "direction"):
         raise ConfigError(f"plan must be measured or direction, got {plan!r}")
     base = Model.load(model) if isinstance(model, str) else model
-    chosen = read_tasks(tasks) if isinstance(tasks, str | Path) else list(tasks)
+    chosen = tasks_of(tasks)
     named = {task.name: task for task in chosen}
     given = read_yaml(groups) if isinstance(groups, str | Path) else groups
     found, directions = groups_of(given, chosen)
@@ -92,7 +95,11 @@ def groupwise(
         made.name = name
         return made
 
-    run = Groups(named, found, directions, learned, merged, partial(_score, base), fixed, trial is not None, say)
+    def scored(adapter: Adapter, task: Task, split: str) -> tuple[float, str, bool]:
+        got = _score(base, adapter, task, split)
+        return got.value, got.metric, got.higher_is_better
+
+    run = Groups(named, found, directions, learned, merged, scored, fixed, trial is not None, say)
     result = run.run()
     result.settings = {
         "base": base.name, "groups": found, "plan": plan, "pivot": pivot, "merge": None if trial is None else trial.name,
@@ -103,10 +110,90 @@ def groupwise(
     return result
 
 
-def _score(base: Model, adapter: Adapter, task: Task, split: str) -> tuple[float, str, bool]:
-    name = base.attach(adapter, f"groupwise/{adapter.name}")
+def _score(base: Model, adapter: Adapter, task: Task, split: str) -> Score:
+    """Of an adapter by itself."""
+    name = base.attach(adapter, f"grouping/{adapter.name}")
     try:
-        got = evaluate(base, task, name, split=split, resamples=0)
+        return evaluate(base, task, name, split=split, resamples=0)
     finally:
         base.detach(name)
-    return got.value, got.metric, got.higher_is_better
+
+
+class Transferability(_Transferability):
+    """What `transferability` measured; see `polytask.evaluate.transferability.Transferability`."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``transferability.json``, ``.csv``, ``.png``, and ``groups.yaml`` for `groupwise`."""
+        target = super().save(folder)
+        drawn(target)
+        return target
+
+
+def transferability(
+    model: Model | str,
+    tasks: Sequence[Task] | Task | str | Path,
+    *,
+    split: str = "dev",
+    out: str | Path | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Transferability:
+    """How much each task gains when its adapter starts from each other task's instead of anew.
+
+    Learns n adapters from the start and n (n - 1) from those.
+
+    Args:
+        model: the base, or what `Model.load` takes.
+        tasks: two or more, or a path that `read_tasks` takes.
+        split: that is scored.
+        out: folder for the adapters, the matrix as JSON, CSV and picture, and the groups; repeating the call goes on from there.
+        seed: of everything random.
+        say: is told what goes on.
+        options: of `polytask.learn`: form, sites, epochs, lr, ...
+
+    Returns:
+        ``.alone``, ``.scores``, ``.gains``, ``.best()``, ``.groups(count)``, ``.save(folder)``.
+
+    Reference: Vu et al., SPoT, arXiv 2110.07904, and Shen et al., Multitask Vision-Language Prompt Tuning, arXiv 2211.11720,
+    for prompts; here for any form. Groups by average linkage are ours.
+
+    Raises:
+        ConfigError: fewer than two tasks, or a wrong setting.
+        DataError: a task has no such split.
+    """
+    base = Model.load(model) if isinstance(model, str) else model
+    chosen = tasks_of(tasks)
+    if len(chosen) < 2:
+        raise ConfigError(f"what tasks gain from each other needs two or more of them, got {len(chosen)}")
+    lacking = [task.name for task in chosen if not task.splits.get(split)]
+    if lacking:
+        raise DataError(
+            f"the task {lacking[0]!r} has no split {split!r} to score on; add one, or choose another (split=, --split)"
+        )
+    settings = {"progress": False, **options, "seed": seed}
+
+    with folder_for(out) as folder:
+        own = learn_each(base, chosen, out=folder / "alone", say=say, **settings)
+        alone = [_score(base, adapter, task, split) for adapter, task in zip(own, chosen, strict=True)]
+        scores: list[list[float | None]] = []
+        for source, adapter in zip(chosen, own, strict=True):
+            scores.append([])
+            for target in chosen:
+                if target is source:
+                    scores[-1].append(None)
+                    continue
+                say(f"learning {target.name} from {source.name}")
+                where = folder / "from" / source.name / target.name
+                made: Adapter = learn(base, target, start=adapter, out=where, **settings)
+                scores[-1].append(_score(base, made, target, split).value)
+        found = Transferability(
+            [task.name for task in chosen],
+            [{"name": s.metric, "higher_is_better": s.higher_is_better} for s in alone],
+            [s.value for s in alone],
+            scores,
+            {"base": base.name, "split": split, "seed": seed, "learn": {k: str(v) for k, v in options.items()}},
+        )
+        if out is not None:
+            found.save(folder)
+    return found

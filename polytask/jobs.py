@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask.core.adapter import Adapter
-from polytask.core.errors import ConfigError, DataError, MemoryLimitError
+from polytask.core.errors import ConfigError, MemoryLimitError
 from polytask.core.gate import Router
 from polytask.core.head import Head
 from polytask.core.metrics import Score
@@ -22,7 +22,6 @@ from polytask.core.routing import Routing
 from polytask.core.task import Task, read_tasks
 from polytask.evaluate import compare as _compare
 from polytask.evaluate import table as _table
-from polytask.evaluate import transferability as _transferability
 from polytask.evaluate.evaluator import evaluate
 from polytask.evaluate.table import save_text
 from polytask.learn import search as _search
@@ -80,7 +79,7 @@ def compare(
         ConfigError: no adapters, or none belongs to any of the tasks.
     """
     base = Model.load(model) if isinstance(model, str) else model
-    chosen = _tasks(tasks)
+    chosen = tasks_of(tasks)
     found = _compare.load_all(adapters)
 
     def train() -> Adapter:
@@ -204,7 +203,7 @@ def compare_merges(
     """
     swept = Sweep.of(sweep)
     tried = trials(methods, swept)
-    chosen = _tasks(tasks)
+    chosen = tasks_of(tasks)
     named = _named(inputs)
     adapters = {name: item for name, item in named.items() if isinstance(item, Adapter)}
     if adapters:
@@ -224,7 +223,7 @@ def compare_merges(
         return evaluate(model, task, mix, head=head, split=on, batch_size=batch_size, resamples=draws, seed=seed)
 
     seen = {"data": used if data is None else data, "split": data_split}
-    with _folder(out) as folder:
+    with folder_for(out) as folder:
         contest = _measure.Contest(
             named, base, used, own, score, {"seed": seed, **options}, seen, split, general, folder / ".tries", say
         )
@@ -239,7 +238,7 @@ def compare_merges(
     return found
 
 
-def _tasks(given: Sequence[Task] | Task | str | Path) -> list[Task]:
+def tasks_of(given: Sequence[Task] | Task | str | Path) -> list[Task]:
     if isinstance(given, Task):
         return [given]
     return read_tasks(given) if isinstance(given, str | Path) else list(given)
@@ -262,7 +261,7 @@ def _named(inputs: Mapping[str, Any] | Sequence[Any] | str | Path) -> dict[str, 
 
 
 @contextmanager
-def _folder(out: str | Path | None) -> Iterator[Path]:
+def folder_for(out: str | Path | None) -> Iterator[Path]:
     """Where results go; a folder for the time being when nobody wants them."""
     if out is not None:
         yield Path(out).expanduser()
@@ -353,91 +352,4 @@ def search(model: Model | str, task: Task | str | Path, *, out: str | Path | Non
     found = Search(**vars(_search.search(model, task, out=out, **options)))
     if out is not None:
         found.save(out)
-    return found
-
-
-class Transferability(_transferability.Transferability):
-    """What `transferability` measured; see `polytask.evaluate.transferability.Transferability`."""
-
-    def save(self, folder: str | Path) -> Path:
-        """Writes ``transferability.json``, ``.csv``, ``.png``, and ``groups.yaml`` for `groupwise`."""
-        target = super().save(folder)
-        drawn(target)
-        return target
-
-
-def transferability(
-    model: Model | str,
-    tasks: Sequence[Task] | Task | str | Path,
-    *,
-    split: str = "dev",
-    out: str | Path | None = None,
-    seed: int = 0,
-    say: Callable[[str], None] = lambda text: None,
-    **options: Any,
-) -> Transferability:
-    """How much each task gains when its adapter starts from each other task's instead of anew.
-
-    Learns n adapters from the start and n (n - 1) from those.
-
-    Args:
-        model: the base, or what `Model.load` takes.
-        tasks: two or more, or a path that `read_tasks` takes.
-        split: that is scored.
-        out: folder for the adapters, the matrix as JSON, CSV and picture, and the groups; repeating the call goes on from there.
-        seed: of everything random.
-        say: is told what goes on.
-        options: of `polytask.learn`: form, sites, epochs, lr, ...
-
-    Returns:
-        ``.alone``, ``.scores``, ``.gains``, ``.best()``, ``.groups(count)``, ``.save(folder)``.
-
-    Reference: Vu et al., SPoT, arXiv 2110.07904, and Shen et al., Multitask Vision-Language Prompt Tuning, arXiv 2211.11720
-    (section 4.3), for prompts; here for any form. Groups by average linkage are ours.
-
-    Raises:
-        ConfigError: fewer than two tasks, or a wrong setting.
-        DataError: a task has no such split.
-    """
-    base = Model.load(model) if isinstance(model, str) else model
-    chosen = _tasks(tasks)
-    if len(chosen) < 2:
-        raise ConfigError(f"what tasks gain from each other needs two or more of them, got {len(chosen)}")
-    lacking = [task.name for task in chosen if not task.splits.get(split)]
-    if lacking:
-        raise DataError(
-            f"the task {lacking[0]!r} has no split {split!r} to score on; add one, or choose another (split=, --split)"
-        )
-    settings = {"progress": False, **options, "seed": seed}
-
-    def score(adapter: Adapter, task: Task) -> Score:
-        name = base.attach(adapter, f"transferability/{adapter.name}")
-        try:
-            return evaluate(base, task, name, split=split, resamples=0)
-        finally:
-            base.detach(name)
-
-    with _folder(out) as folder:
-        own = learn_each(base, chosen, out=folder / "alone", say=say, **settings)
-        alone = [score(adapter, task) for adapter, task in zip(own, chosen, strict=True)]
-        scores: list[list[float | None]] = []
-        for source, adapter in zip(chosen, own, strict=True):
-            scores.append([])
-            for target in chosen:
-                if target is source:
-                    scores[-1].append(None)
-                    continue
-                say(f"learning {target.name} from {source.name}")
-                where = folder / "from" / source.name / target.name
-                made: Adapter = learn(base, target, start=adapter, out=where, **settings)
-                scores[-1].append(score(made, target).value)
-        found = Transferability(
-            [task.name for task in chosen],
-            [{"name": s.metric, "higher_is_better": s.higher_is_better} for s in alone],
-            [s.value for s in alone],
-            scores,
-            {"base": base.name, "split": split, "seed": seed, "learn": {k: str(v) for k, v in options.items()}},
-        )
-        if out is not None:
-            found.save(folder)
     return found

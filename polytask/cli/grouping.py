@@ -1,4 +1,4 @@
-"""The command *groupwise*: groups of tasks on one base."""
+"""The commands *groupwise* and *transferability*: groups of tasks on one base, and which belong together."""
 
 from __future__ import annotations
 
@@ -63,3 +63,42 @@ def groupwise(
         form=form_of(form), sites=sites, **schedule,
     )  # fmt: skip
     _show(result.as_dict(), as_json, f"{result}\n\nsaved in {out}")
+
+
+@app.command()
+@configurable(Schedule)
+def transferability(
+    tasks: Tasks = "",
+    base: Base = "minilm",
+    split: Annotated[str, typer.Option("--split", help="That is scored.")] = "dev",
+    form: Annotated[str, typer.Option("--form", help="What learns: lora, or prompt:length=16.")] = "lora",
+    sites: Annotated[
+        str | None, typer.Option("--sites", help="Selector of where, as 'attention & depth>=0.5'.")
+    ] = None,
+    out: Annotated[
+        str, typer.Option("--out", help="Folder for adapters and matrix; an interrupted run goes on from there.")
+    ] = "transferability",
+    seed: Seed = 0,
+    skip_bad_rows: Skip = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Measure what every task gains when its adapter starts from every other task's.
+
+    Writes the matrix as CSV, JSON and picture, and groups of tasks that help each other, for groupwise --groups.
+
+    Example: polytask transferability examples/tasks --base minilm --form prompt:length=16 --epochs 3 --out gains
+    """
+    from polytask.core.task import read_tasks
+    from polytask.grouping import transferability as run
+
+    schedule = Schedule.of(settings, "transferability").model_dump()
+    _writable(out)
+    found = read_tasks(_need(tasks, "the tasks"), skip_bad_rows=skip_bad_rows)
+    _notes(found)
+    result = run(
+        base, found, split=split, out=out, seed=seed, say=_say, form=form_of(form), sites=sites, **schedule
+    )  # fmt: skip
+    helped = ", ".join(f"{task} from {source}" for task, source in result.best().items() if source) or "no task gains"
+    groups = "; ".join(", ".join(own) for own in result.groups().values())
+    _show(result.as_dict(), as_json, f"{result}\n\nbest starts: {helped}\ngroups: {groups}\nsaved in {out}")
