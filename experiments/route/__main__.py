@@ -20,6 +20,7 @@ from typing import Any
 from polytask.core.config import read_yaml
 
 from ..__main__ import interval, tasks_of
+from .texts import composite_score, composites, plain_score, plain_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -51,6 +52,10 @@ class Bench:
         self.adapters = {task.name: self.library[task.name] for task in self.inside}
         self.picked: dict[str, Any] = {}  # experts for a few examples, by held-out task
         self.heads = {name: adapter.heads[name] for name, adapter in self.adapters.items()}
+        asked = config.get("composite")
+        self.composites = composites(self.model, self.inside, **asked) if asked else []
+        plain = dict(config.get("plain") or {})
+        self.plain = plain_text(self.model, ROOT / config["data"] / plain.pop("file"), **plain) if plain else []
 
     def row(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Scores, routing accuracy, numbers that learned, seconds and the cost of a forward, of one row of the suite."""
@@ -73,6 +78,13 @@ class Bench:
             found["agreement"] = {name: value for name, value in seen.agreement.items() if value is not None}
             found["entropy"] = statistics.mean(seen.entropy)
         first = next(task for task in self.tasks if mixes(task) is not False)
+        whole = kind in ("base", "joint", "route", "merge")  # one and the same mix for all tasks
+        if self.composites and (whole or kind == "own"):
+            by_name = {task.name: mixes(task) for task in self.inside}
+            acting = by_name.__getitem__ if kind == "own" else mixes(first)
+            found["composite"] = composite_score(self.model, self.composites, acting, own=kind == "own")
+        if self.plain and whole:
+            found["plain"] = plain_score(self.model, self.plain, mixes(first), first.name)
         found["cost"] = self._cost(mixes(first), first.name)
         self.model.detach()
         return found
@@ -300,6 +312,7 @@ def page_of(config: dict[str, Any], done: dict[str, Any]) -> str:
             f"{f'{statistics.mean(agree):.2f}' if agree else '-'} | {cost:.2f} | {seeds[0]['trained'] or '-'} | "
             f"{statistics.median(seed['cpu'] for seed in seeds):.0f} | {len(seeds)} |"
         )
+    lines += _beside(config, rows, done)
     names = list(next(iter(done.values()))[rows[0]["name"]]["scores"])
     lines += ["", "By task, the mean over seeds:", "", f"| task | {' | '.join(row['name'] for row in rows)} |"]
     lines += [f"|---|{'---|' * len(rows)}"]
@@ -312,6 +325,32 @@ def page_of(config: dict[str, Any], done: dict[str, Any]) -> str:
         lines.append(f"| {name}{' (held out)' if name in held_out else ''} | {' | '.join(cells)} |")
     lines += ["", config.get("reading", "").strip()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _beside(config: dict[str, Any], rows: list[dict[str, Any]], done: dict[str, Any]) -> list[str]:
+    """The table of texts of several tasks, and of plain text."""
+    asked, plain = config.get("composite"), config.get("plain")
+    if not (asked and plain):
+        return []
+    lines = [
+        "",
+        f"Texts of {asked['parts']} held-in tasks each, one example after the other ({asked['texts']} texts): the "
+        "log-likelihood of the answers, which a router serves well that changes its adapter within a text, and how often the "
+        f"adapter of a token's own part leads. Plain text ({plain['task']}): what the base knew and a change of it may lose. "
+        "Nats a token, lower is better.", "",
+        "| way | texts of several tasks | agreement | plain text |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        seeds = [seed[row["name"]] for seed in done.values() if row["name"] in seed]
+        nll = [seed["composite"]["nll"] for seed in seeds if "composite" in seed]
+        agree = [seed["composite"]["agreement"] for seed in seeds if "agreement" in seed.get("composite", {})]
+        text = [seed["plain"] for seed in seeds if "plain" in seed]
+        if nll or text:
+            lines.append(
+                f"| {row['name']} | {interval(nll) if nll else '-'} | {interval(agree) if agree else '-'} | "
+                f"{interval(text) if text else '-'} |"
+            )
+    return lines
 
 
 if __name__ == "__main__":
