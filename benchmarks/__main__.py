@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few repeats and small sizes: shows that it runs")
     parser.add_argument("--threads", type=int, help="torch's threads; torch's own choice if not given")
     parser.add_argument("--mergekit", metavar="PATH", help="mergekit's mergekit-yaml, of an environment of its own")
+    parser.add_argument("--adapters", metavar="PYTHON", help="the Python of an environment with the adapters library")
     parser.add_argument("--size", help="of the models that are merged: 40m, 160m, 500m or 1.5b")
     parser.add_argument("--rounds", type=int, help="of the merges that are timed; 3 if not given")
     given = parser.parse_args(arguments)
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"there is no module {', '.join(unknown)}; there are: {', '.join(there)}")
     for name, value in (
         ("POLYTASK_MERGEKIT", given.mergekit),
+        ("POLYTASK_ADAPTERS", given.adapters),
         ("POLYTASK_MERGE_SIZE", given.size),
         ("POLYTASK_MERGE_ROUNDS", given.rounds),
     ):

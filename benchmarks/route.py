@@ -1,13 +1,17 @@
 """What routing costs: each token its own adapters, chosen by scores, over the bare forward; with PEFT's routers beside it.
 
 The base and the adapters are those of `benchmarks.core`. The router here is the smallest one: a random prototype for each adapter
-at each site, scores by one product, the two largest, and a softmax over them.
+at each site, scores by one product, the two largest, and a softmax over them. AdapterFusion of the ``adapters`` library stands
+beside ours where ``--adapters PYTHON`` (or POLYTASK_ADAPTERS) is a Python that has it: it needs an older transformers.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import math
+import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -274,7 +278,23 @@ def fusion_of_8(quick: bool) -> dict[str, Any]:
     model.use(routing_of(mixture.trainable(False), given).attach(model))
     cases = {"bare": lambda: base(ids), "ours": lambda: model.module(ids)}
     took = interleave(cases, 2 if quick else 11, "bare")
-    return result(fusion_of_8.__doc__ or "", took["ours"]["cpu"], None, cases=took)
+    theirs = _adapters_fusion(2 if quick else 11)
+    if theirs:
+        took[f"adapters {theirs.pop('version')}"] = theirs
+    peer = {name: found["cpu"] for name, found in took.items() if name.startswith("adapters")}
+    return result(fusion_of_8.__doc__ or "", took["ours"]["cpu"], None, peer, cases=took)
+
+
+def _adapters_fusion(rounds: int) -> dict[str, Any] | None:
+    """What the ``adapters`` library takes for the same over its own bare forward; None where no Python with it was said."""
+    python = os.environ.get("POLYTASK_ADAPTERS")
+    if not python:
+        return None
+    command = [python, "-m", "benchmarks._fuser", str(torch.get_num_threads()), str(rounds), str(VOCAB)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {ran.returncode}: {ran.stderr.strip()[-400:]}")
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
 def _beside(

@@ -76,7 +76,7 @@ class Hyper(Form):
     exclude: bool = True
 
     peft_type: ClassVar[str] = "POLYTASK_HYPER"
-    default_lr: ClassVar[float] = 1e-3
+    default_lr: ClassVar[float] = 3e-4
     paper: ClassVar[str] = "arXiv 2210.03265, 2310.11670"
     tensor_names: ClassVar[dict[str, str]] = {
         "hyper.inputs": "inputs", "hyper.outputs": "outputs", "hyper.kernel_in": "kernel_in",
