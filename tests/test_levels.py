@@ -54,6 +54,15 @@ def test_in_all_groups_it_finds_the_best_of_all(count, k, unsigned, seed):
     torch.testing.assert_close(sized(x @ vectors.T, unsigned).gather(1, index), wanted.values)
 
 
+def test_places_without_a_vector_are_never_found():
+    vectors = torch.rand(33, 9, generator=torch.Generator().manual_seed(0)) + 0.1  # 33 do not fill groups of one size
+    top, index = Levels(vectors).best(
+        -torch.ones(3, 9), 33, 33
+    )  # all products are negative: an empty place's would be more
+    assert (top < 0).all()
+    assert index.sort(-1).values.tolist() == [list(range(33))] * 3
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(20, 300), st.integers(1, 3), st.booleans(), st.integers(0, 1000))
 def test_what_it_finds_is_the_best_of_the_groups_it_looks_into(count, probe, unsigned, seed):
