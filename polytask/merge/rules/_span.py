@@ -105,11 +105,14 @@ def products(points: Sequence[Tensor], axis: Axis, origin: Tensor | None = None)
     if axis == "whole" or not points[0].dim():
         flat, first = [p.reshape(-1) for p in points], None if origin is None else origin.reshape(-1)
         gram = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+        held = torch.empty(
+            len(flat), min(PIECE, len(flat[0])), dtype=torch.float64
+        )  # once: new memory costs more than products
         for start in range(0, len(flat[0]), PIECE):
-            piece = torch.stack([p[start : start + PIECE] for p in flat])
-            if first is not None:
-                piece.sub_(first[start : start + PIECE])
-            wide = piece.double()
+            wide = held[:, : len(flat[0]) - start]
+            here = slice(start, start + PIECE)
+            for row, point in zip(wide, flat, strict=True):
+                row.copy_(point[here] if first is None else point[here] - first[here])
             gram.addmm_(wide, wide.T)
         return gram
     stacked = torch.stack([(p if origin is None else p - origin).double() for p in points], -1)  # [..., N]
