@@ -92,6 +92,11 @@ class Site:
         return f"{self.path}.{self.param}".lstrip(".") if self.param else self.path
 
     @property
+    def shown(self) -> str:
+        """The name as messages say it: the model itself has none."""
+        return f"the site {self.name!r}" if self.name else "the input of the whole model"
+
+    @property
     def d_in(self) -> int:
         """Input features (for an embedding, the number of entries)."""
         if self.kind == "embedding":

@@ -47,9 +47,7 @@ class DualTokens(Tokens):
         if site.kind in self.kinds and tower(site) in self.towers and site.shape:
             return ""
         where = " and ".join(self.towers)
-        return (
-            f"the form {self.name!r} acts on the {where} tower of a dual model (CLIP), and {site.name!r} is not there"
-        )
+        return f"the form {self.name!r} acts on the {where} tower of a dual model (CLIP), and {site.shown} is not there"
 
     def made(self, model: Model, patches: Mapping[str, Patch]) -> None:
         """Sets the first tokens of a text's context to the vectors of the form's words."""

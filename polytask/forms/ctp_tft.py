@@ -33,7 +33,7 @@ class Across(DualTokens):
         if (site.kind == "input") == (tower(site) == "text"):
             return super().refuses(site)
         return (
-            f"the form {self.name!r} acts at the text tower's input and at the projection of images, not {site.name!r}"
+            f"the form {self.name!r} acts at the text tower's input and at the projection of images, not {site.shown}"
         )
 
 

@@ -59,7 +59,7 @@ class VisualPrompt(Tokens):
 
     def refuses(self, site: Site) -> str:
         if site.kind == "input" and (not site.shape or site.shape[0]):
-            return f"site {site.name!r} takes no images with a class token, so there is no place for visual prompts"
+            return f"{site.shown} takes no images with a class token, so there is no place for visual prompts"
         return "" if site.kind == "input" else super().refuses(site)
 
 
